@@ -1,0 +1,189 @@
+"""From a file to pixels: read, hash, decode, bound, convert, resize. Every failure has a status name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from latentstore.errors import ImageError
+
+MAX_PIXELS = 89_478_485
+"""Width times height above which an image is not decoded (Pillow's own warning level: 256 MiB of RGB)."""
+MAX_BYTES = 1 << 29
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_pillow_limit = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A decoded image.
+
+    Attributes
+    ----------
+    rgb : (size, size, 3) uint8 array
+    width, height : int
+        Of the file, after its EXIF orientation.
+    bytes, mtime, sha256
+        Of the file; ``mtime`` in nanoseconds.
+    note : str
+        What a reader should know (``"first of 3 frames"``), or empty.
+    """
+
+    rgb: npt.NDArray[np.uint8]
+    width: int
+    height: int
+    bytes: int
+    mtime: int
+    sha256: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is known of a file before it is decoded."""
+
+    data: bytes
+    bytes: int
+    mtime: int
+    sha256: str
+
+
+def read_file(path: Path, root: Path | None = None) -> FileFacts:
+    """Read and hash a file.
+
+    Parameters
+    ----------
+    path : Path
+    root : Path, optional
+        When given, a symbolic link that leads outside this folder is refused.
+
+    Raises
+    ------
+    ImageError
+        Status ``missing``, ``link_outside``, ``too_large`` or ``unreadable``.
+    """
+    try:
+        if root is not None and path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+            raise ImageError("link_outside", "a symbolic link that leads outside the image folder")
+        # Non-blocking, so that a named pipe called x.jpg cannot hang the job.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            facts = os.fstat(fd)
+            if not stat.S_ISREG(facts.st_mode):
+                raise ImageError("unreadable", "not a regular file")
+            if facts.st_size > MAX_BYTES:
+                raise ImageError("too_large", f"{facts.st_size} bytes, more than {MAX_BYTES}")
+            data = file.read()
+    except FileNotFoundError as exc:
+        raise ImageError("missing", "the file was listed but is not there") from exc
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of links
+        raise ImageError("unreadable", str(getattr(exc, "strerror", None) or exc)) from exc
+    return FileFacts(data, len(data), facts.st_mtime_ns, hashlib.sha256(data).hexdigest())
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+    """Decode the first frame as RGB, upright.
+
+    Alpha is dropped and EXIF orientation applied, as ``diffusers.utils.load_image`` does for the
+    pictures that image-to-image pipelines are given; 16-bit greys are scaled, not clipped.
+
+    Returns
+    -------
+    (image, note)
+
+    Raises
+    ------
+    ImageError
+        Status ``too_large`` (judged from the header, before decoding) or ``unreadable``.
+    """
+    try:
+        _allow_pillow(max_pixels)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError("too_large", f"{width} x {height} pixels, more than {max_pixels}")
+            frames = getattr(image, "n_frames", 1)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright), f"first of {frames} frames" if frames > 1 else ""
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as exc:
+        raise ImageError("too_large", str(exc)) from exc
+    except Exception as exc:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image
+        raise ImageError("unreadable", _one_line(exc)) from exc
+
+
+def _allow_pillow(max_pixels: int) -> None:
+    """Raise Pillow's own limit to ours, so that ``max_pixels`` alone decides (and no warning is printed)."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        with _pillow_limit:
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode != "F" or grey.max(initial=0) > 1 else 1.0
+        if image.mode == "F" and not np.isfinite(grey).all():
+            raise ImageError("unreadable", "pixels that are not finite")
+        return Image.fromarray(np.clip(np.rint(grey * (255.0 / top)), 0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """Return the image as a (size, size, 3) uint8 array, resized without keeping the aspect.
+
+    Pillow's antialiased bilinear filter: what ``torchvision.transforms.Resize((256, 256))`` does to a
+    Pillow image in the paper's released recipe.
+    """
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def load(path: Path, size: int, *, root: Path | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Read, decode and resize one image.
+
+    Raises
+    ------
+    ImageError
+        With ``status`` and ``reason`` for the row. ``facts`` is set on it when the file could be read.
+    """
+    facts = read_file(path, root)
+    try:
+        image, note = decode(facts.data, max_pixels=max_pixels)
+        rgb = resize(image, size)
+    except ImageError as exc:
+        exc.facts = facts
+        raise
+    return Pixels(rgb, image.width, image.height, facts.bytes, facts.mtime, facts.sha256, note)
+
+
+def thumbnail(path: Path, size: int = 128, *, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Return a small JPEG of an image for reports.
+
+    Raises
+    ------
+    ImageError
+    """
+    image, _ = decode(read_file(path).data, max_pixels=max_pixels)
+    image.thumbnail((size, size))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
+def _one_line(exc: BaseException) -> str:
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    # Pillow names the BytesIO by address, which differs from run to run.
+    return "not an image" if "cannot identify image file" in text else text[:200]

@@ -1,0 +1,228 @@
+"""The rows of a store: what is listed before encoding, and what is recorded with each shard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from latentstore.errors import ManifestError, UsageError
+from latentstore.schema import ROLES, SPLITS, identity_and_role, split_of
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".png",
+        ".ppm",
+        ".pgm",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".avif",
+    ]
+)
+
+INPUT_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("path_raw", pa.binary()),
+        ("identity", pa.string()),
+        ("group", pa.string()),
+        ("role", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("model", pa.string()),
+        ("prompt", pa.string()),
+        ("strength", pa.float32()),
+    ]
+)
+"""The committed input list. ``path_raw`` holds the bytes of a name that is not valid UTF-8, else null."""
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("path", pa.string()),
+        ("bytes", pa.int64()),
+        ("mtime", pa.int64()),
+        ("sha256", pa.string()),
+        ("identity", pa.string()),
+        ("group", pa.string()),
+        ("role", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("model", pa.string()),
+        ("prompt", pa.string()),
+        ("strength", pa.float32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+"""One row an image. ``mtime`` is in nanoseconds since 1970; ``group`` is what the split was hashed from."""
+
+
+def display_name(raw: bytes) -> str:
+    r"""Return a file name as text; bytes that are not UTF-8 become ``\xNN``."""
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def list_folder(folder: Path, *, follow_links: bool = False) -> pa.Table:
+    """List the images below a folder, sorted by path.
+
+    Parameters
+    ----------
+    folder : Path
+    follow_links : bool
+        Also descend into linked folders. Linked files are always listed (and checked when read).
+
+    Returns
+    -------
+    pyarrow.Table
+        :data:`INPUT_SCHEMA`; ``path`` relative to ``folder``, with ``/``.
+
+    Raises
+    ------
+    UsageError
+        The folder is missing, no folder, unreadable, or holds no image file.
+    """
+    if not folder.exists():
+        raise UsageError(
+            f"There is no folder {folder} (looked in {Path.cwd()}). Name the folder that holds your images: "
+            "latentstore encode FOLDER, or a list of them: latentstore encode --manifest LIST.csv."
+        )
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a folder. Name the folder that holds your images.")
+    names = sorted(_walk(os.fsencode(folder), follow_links))
+    if not names:
+        raise UsageError(
+            f"{folder} holds no image files (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also "
+            "in subfolders)."
+        )
+    return input_table({"path": display_name(n), "path_raw": _raw_if_needed(n)} for n in names)
+
+
+def _walk(folder: bytes, follow_links: bool) -> Iterator[bytes]:
+    def refuse(exc: OSError) -> None:
+        raise UsageError(f"Cannot read the folder {exc.filename!r}: {exc.strerror}.") from exc
+
+    for where, folders, files in os.walk(folder, followlinks=follow_links, onerror=refuse):
+        # Hidden folders hold caches and trash, not collections.
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        for name in files:
+            if os.path.splitext(os.fsdecode(name))[1].lower() in IMAGE_SUFFIXES and not name.startswith(b"."):  # noqa: PTH122
+                yield os.path.relpath(os.path.join(where, name), folder)  # noqa: PTH118
+
+
+def _raw_if_needed(raw: bytes) -> bytes | None:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw
+    return None
+
+
+def list_manifest(path: Path) -> pa.Table:
+    """Read a CSV or Parquet list of images.
+
+    It needs a column ``path`` and may hold ``identity, group, role, split, model, prompt, strength``.
+
+    Raises
+    ------
+    ManifestError
+        Unreadable, without ``path``, empty, an unknown role or split, or one identity in two splits.
+    """
+    if not path.exists():
+        raise ManifestError(f"There is no manifest {path} (looked in {Path.cwd()}).")
+    try:
+        if path.suffix.lower() == ".csv":
+            strings = {f.name: pa.string() for f in INPUT_SCHEMA if f.type == pa.string()}
+            options = pacsv.ConvertOptions(column_types=strings, strings_can_be_null=True)
+            parsing = pacsv.ParseOptions(newlines_in_values=True)
+            table = pacsv.read_csv(path, convert_options=options, parse_options=parsing)
+        else:
+            table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as exc:
+        raise ManifestError(
+            f"{path} is not a readable CSV or Parquet file: {str(exc).splitlines()[0]}"
+        ) from exc
+    if "path" not in table.column_names:
+        raise ManifestError(
+            f"{path} has the columns {', '.join(table.column_names)}, but none named path: "
+            "at least that one is needed, with one image file a row."
+        )
+    known = [n for n in INPUT_SCHEMA.names if n in table.column_names and n != "path_raw"]
+    rows = table.select(known).to_pylist()
+    if not rows:
+        raise ManifestError(f"{path} lists no images.")
+    for number, row in enumerate(rows):
+        if not row["path"]:
+            raise ManifestError(f"{path}: row {number + 1} has an empty path.")
+    return input_table(sorted(rows, key=lambda row: str(row["path"])))
+
+
+def input_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Fill in what the rows leave open (identity and role by file name, split by hash) and check them.
+
+    Raises
+    ------
+    ManifestError
+        An unknown role or split, or one identity in two splits.
+    """
+    filled: list[dict[str, Any]] = []
+    split_by_identity: dict[str, str] = {}
+    for row in rows:
+        path = str(row["path"])
+        by_name, role_by_name = identity_and_role(path)
+        identity = str(row.get("identity") or by_name)
+        # A named identity without a role is a reference unless the file name says more.
+        role = str(row.get("role") or role_by_name)
+        group = str(row.get("group") or identity)
+        split = str(row.get("split") or split_of(group))
+        if role not in ROLES:
+            raise ManifestError(f"{path}: role is {role!r}; it must be one of {', '.join(ROLES)}.")
+        if split not in SPLITS:
+            raise ManifestError(f"{path}: split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+        if split_by_identity.setdefault(identity, split) != split:
+            raise ManifestError(
+                f"identity {identity!r} is in two splits ({split_by_identity[identity]} and {split}): "
+                "what is learned on one would leak into the other. Give all its rows one split or group."
+            )
+        strength = row.get("strength")
+        filled.append(
+            {
+                "path": path,
+                "path_raw": row.get("path_raw"),
+                "identity": identity,
+                "group": group,
+                "role": role,
+                "split": split,
+                "source": str(row.get("source") or "file"),
+                "model": str(row.get("model") or ""),
+                "prompt": str(row.get("prompt") or ""),
+                "strength": None if strength is None else float(strength),
+            }
+        )
+    return pa.Table.from_pylist(filled, schema=INPUT_SCHEMA)
+
+
+def new_inputs(listed: pa.Table, committed: pa.Table) -> pa.Table:
+    """Return the rows of ``listed`` whose path is not in ``committed``, in their order."""
+    known = pc.is_in(listed["path"], value_set=committed["path"].combine_chunks())
+    return listed.filter(pc.invert(known))
+
+
+def manifest_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return manifest rows as a table of :data:`MANIFEST_SCHEMA`."""
+    return pa.Table.from_pylist([dict(r) for r in rows], schema=MANIFEST_SCHEMA)

@@ -1,0 +1,218 @@
+"""The results schema: the one form in which evaluations, sweeps, comparisons and benchmarks are written.
+
+A :class:`Report` says what was measured, on which data, beside which controls, with which interval,
+and how to reproduce it. Reports, plots and the README read only this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from latentstore._version import __version__
+from latentstore.errors import ResultsError
+
+SCHEMA = "latentstore.results/1"
+
+Kind = Literal["evaluation", "solve", "demo", "sweep", "compare", "theory", "benchmark"]
+Role = Literal["method", "control", "chance", "note"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number with what is needed to believe it.
+
+    Attributes
+    ----------
+    name : str
+        What was measured: ``"mAP"``, ``"Acc"``, ``"gain"``, ``"residual"``, ``"seconds"``, ...
+    value : float
+        In ``unit``. mAP and Acc are fractions of 1 (``unit="fraction"``), shown as percentages.
+    subject : str
+        Whose figure: a method (``"analytic"``) or a control (``"raw"``, ``"PCA-whitened ½"``).
+    role : {"method", "control", "chance", "note"}
+    group : str
+        On which queries: ``"oracle: simulated"``, ``"JPEG 30"``, ``"all attacks"``; empty when none.
+    interval : tuple of float or None
+        95 % interval (low, high), in the unit of the value.
+    n : int or None
+        How many queries (or repeats) stand behind it.
+    note : str
+        One plain sentence, or empty.
+    """
+
+    name: str
+    value: float
+    subject: str = ""
+    role: Role = "note"
+    group: str = ""
+    unit: str = ""
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a plot: ``y`` over ``x``, one of several in ``plot``."""
+
+    plot: str
+    label: str
+    x: list[float]
+    y: list[float]
+    x_label: str = ""
+    y_label: str = ""
+    x_log: bool = False
+    y_log: bool = False
+    role: Role = "method"
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One ranked reference of a match. ``thumbnail`` is a ``data:image/jpeg;base64,`` URI or empty."""
+
+    path: str
+    identity: str
+    score: float
+    correct: bool | None = None
+    thumbnail: str = ""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A query with its ranked candidates; ``margin`` is the top score less the runner-up's."""
+
+    query: str
+    group: str
+    margin: float | None
+    candidates: list[Candidate] = field(default_factory=list)
+    thumbnail: str = ""
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A measurement, complete: the JSON root."""
+
+    kind: Kind
+    title: str
+    summary: list[str]
+    data: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    reproduce: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+    version: str = __version__
+    commit: str = ""
+    schema: str = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON (NaN is refused: a figure that could not be taken is left out)."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def find(self, name: str, *, subject: str | None = None, group: str | None = None) -> list[Figure]:
+        """Return the figures of that name, optionally of one subject and group."""
+        return [
+            f
+            for f in self.figures
+            if f.name == name and subject in (None, f.subject) and group in (None, f.group)
+        ]
+
+
+def stamp() -> dict[str, Any]:
+    """Return ``created``, ``machine`` and ``commit`` for a new :class:`Report`."""
+    import os
+
+    machine = {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Return the commit of the source tree this runs from, or an empty string."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return out.stdout.strip()
+
+
+def load(path: Path) -> Report:
+    """Read a results file.
+
+    Raises
+    ------
+    ResultsError
+        The file is not JSON, or not of schema ``latentstore.results/1``.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ResultsError(f"{path} is not a readable results file ({exc}).") from exc
+    return from_dict(raw)
+
+
+def from_dict(raw: Mapping[str, Any]) -> Report:
+    """Build a :class:`Report` from plain JSON types; the inverse of :meth:`Report.to_dict`.
+
+    Raises
+    ------
+    ResultsError
+        Another schema, a missing field or an unknown one.
+    """
+    if raw.get("schema") != SCHEMA:
+        raise ResultsError(f"results schema is {raw.get('schema')!r}, this version reads {SCHEMA!r}.")
+    fields = dict(raw)
+    try:
+        fields["figures"] = [
+            Figure(**{**f, "interval": tuple(f["interval"]) if f.get("interval") else None})
+            for f in fields.get("figures", [])
+        ]
+        fields["curves"] = _each(Curve, fields.get("curves", []))
+        fields["matches"] = [
+            Match(**{**m, "candidates": _each(Candidate, m.get("candidates", []))})
+            for m in fields.get("matches", [])
+        ]
+        return Report(**fields)
+    except TypeError as exc:
+        raise ResultsError(f"results file does not fit schema {SCHEMA}: {exc}.") from exc
+
+
+def _each(cls: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [cls(**row) for row in rows]
