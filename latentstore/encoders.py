@@ -217,9 +217,12 @@ class DiffusersEncoder:
         return out.latent_dist.mean + out.latent_dist.std * noise_t.to(x.dtype)
 
 
-def row_noise(seed: int, row: int, dim: int) -> npt.NDArray[np.float32]:
-    """Return the (dim,) standard normal noise of one row: the same in any batch, order or process."""
-    return np.random.default_rng([seed, row]).standard_normal(dim, dtype=np.float32)
+def row_noise(seed: int, row: int, dim: int, *, stream: int = 0) -> npt.NDArray[np.float32]:
+    """Return the (dim,) standard normal noise of one row: the same in any batch, order or process.
+
+    Other seeds, rows and streams give independent noise.
+    """
+    return np.random.default_rng([seed, row, stream]).standard_normal(dim, dtype=np.float32)
 
 
 def load_encoder(

@@ -85,7 +85,9 @@ def read_file(path: Path, root: Path | None = None) -> FileFacts:
             data = file.read()
     except FileNotFoundError as exc:
         raise ImageError("missing", "the file was listed but is not there") from exc
-    except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of links
+    except ImageError:
+        raise
+    except (OSError, RuntimeError, ValueError) as exc:  # a loop of links; a NUL in the name
         raise ImageError("unreadable", str(getattr(exc, "strerror", None) or exc)) from exc
     return FileFacts(data, len(data), facts.st_mtime_ns, hashlib.sha256(data).hexdigest())
 
@@ -117,7 +119,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, s
             return _to_rgb(upright), f"first of {frames} frames" if frames > 1 else ""
     except ImageError:
         raise
-    except Image.DecompressionBombError as exc:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ImageError("too_large", str(exc)) from exc
     except Exception as exc:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image
         raise ImageError("unreadable", _one_line(exc)) from exc
@@ -137,6 +139,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F" and not np.isfinite(grey).all():
             raise ImageError("unreadable", "pixels that are not finite")
         return Image.fromarray(np.clip(np.rint(grey * (255.0 / top)), 0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning about palettes
     return image.convert("RGB")
 
 

@@ -147,8 +147,9 @@ def list_manifest(path: Path) -> pa.Table:
         raise ManifestError(f"There is no manifest {path} (looked in {Path.cwd()}).")
     try:
         if path.suffix.lower() == ".csv":
-            strings = {f.name: pa.string() for f in INPUT_SCHEMA if f.type == pa.string()}
-            options = pacsv.ConvertOptions(column_types=strings, strings_can_be_null=True)
+            types = {f.name: f.type for f in INPUT_SCHEMA if f.name != "path_raw"}
+            # Only an empty cell is empty: "NA" and "null" are names like any other.
+            options = pacsv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
             parsing = pacsv.ParseOptions(newlines_in_values=True)
             table = pacsv.read_csv(path, convert_options=options, parse_options=parsing)
         else:
@@ -218,9 +219,24 @@ def input_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def new_inputs(listed: pa.Table, committed: pa.Table) -> pa.Table:
-    """Return the rows of ``listed`` whose path is not in ``committed``, in their order."""
+    """Return the rows of ``listed`` whose path is not in ``committed``, in their order.
+
+    Raises
+    ------
+    ManifestError
+        A new row would put a committed identity into a second split.
+    """
     known = pc.is_in(listed["path"], value_set=committed["path"].combine_chunks())
-    return listed.filter(pc.invert(known))
+    new = listed.filter(pc.invert(known))
+    if new.num_rows:
+        was = dict(zip(committed["identity"].to_pylist(), committed["split"].to_pylist(), strict=True))
+        for identity, split in zip(new["identity"].to_pylist(), new["split"].to_pylist(), strict=True):
+            if was.get(identity, split) != split:
+                raise ManifestError(
+                    f"identity {identity!r} is in split {was[identity]} of the store, its new rows are in "
+                    f"{split}: what is learned on one would leak into the other. Give them the same split."
+                )
+    return new
 
 
 def manifest_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

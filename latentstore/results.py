@@ -196,6 +196,8 @@ def from_dict(raw: Mapping[str, Any]) -> Report:
     ResultsError
         Another schema, a missing field or an unknown one.
     """
+    if not isinstance(raw, Mapping):
+        raise ResultsError(f"results are a {type(raw).__name__}, not an object of schema {SCHEMA!r}.")
     if raw.get("schema") != SCHEMA:
         raise ResultsError(f"results schema is {raw.get('schema')!r}, this version reads {SCHEMA!r}.")
     fields = dict(raw)

@@ -63,6 +63,9 @@ def top_k(
     best_s = np.empty((len(q), 0), np.float32)
     best_r = np.empty((len(q), 0), np.int64)
     for rows, block in references:
+        if (np.diff(rows) < 0).any():
+            ascending = np.argsort(rows)
+            rows, block = rows[ascending], block[ascending]
         b = np.ascontiguousarray(block, np.float32)
         scores, local = (_faiss if chosen == "faiss" else _numpy)(q, b, min(k, len(b)))
         scores = np.concatenate([best_s, scores], 1)
@@ -86,5 +89,12 @@ def _faiss(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     import faiss
 
-    scores, order = faiss.knn(q, b, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return scores, order
+    ask = min(k + 1, len(b))
+    while True:
+        scores, order = faiss.knn(q, b, ask, metric=faiss.METRIC_INNER_PRODUCT)
+        # FAISS keeps any of the equals at the k-th place: ask until all of them are seen.
+        if ask == len(b) or not (scores[:, k - 1] == scores[:, -1]).any():
+            break
+        ask = min(2 * ask, len(b))
+    by_row = np.lexsort((order, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, by_row, 1), np.take_along_axis(order, by_row, 1)

@@ -67,6 +67,8 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turn an ``OSError`` into a :class:`StoreWriteError` that says what to do."""
     try:
         yield
+    except StoreWriteError:
+        raise
     except OSError as exc:
         if exc.errno in _DISK_FULL:
             advice = "The disk is full. Finished shards are kept: make room and run the same command again."

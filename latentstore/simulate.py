@@ -148,8 +148,8 @@ def translate(
     x = (np.asarray(latents, np.float64) - prior.mean) / np.sqrt(prior.scale)
     d = x.shape[1]
     eps, draw, topic = (
-        np.stack([row_noise(diffusion.seed + k, int(r), d) for r in rows]).astype(np.float64)
-        for k in range(3)
+        np.stack([row_noise(diffusion.seed, int(r), d, stream=k) for r in rows]).astype(np.float64)
+        for k in (1, 2, 3)
     )
     out = np.zeros_like(x)
     # Directions outside the eigenvectors share one eigenvalue, so they need no basis of their own.

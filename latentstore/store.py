@@ -207,8 +207,9 @@ def settle(store: LatentStore) -> LatentStore:
         return store
     with write_errors(store.root):
         group: Any = zarr.open_group(store.root, mode="r+")
-        group[LATENTS].resize((rows, store.layout.dim))
+        # The latents' shape comes last: it is what tells a later call that nothing is left to do.
         group[STATUS].resize((rows,))
+        group[LATENTS].resize((rows, store.layout.dim))
     return LatentStore(store.root)
 
 

@@ -189,6 +189,9 @@ def _details(report: Report) -> list[tuple[str, Table]]:
 
 # Headline cards
 
+CHOSEN = "method chosen on validation"
+"""The setting that names the method to headline; without it the highest is, and says so."""
+
 
 def _cards(report: Report, name: str, groups: Sequence[str]) -> list[Card]:
     """Return up to four headlines, each of them a method beside its best control."""
@@ -206,9 +209,12 @@ def _card(report: Report, name: str, group: str) -> Card | None:
     methods = [f for f in figures if f.role == "method"]
     if not methods:
         return None
-    top = max(methods, key=lambda f: f.value)
+    chosen = [f for f in methods if f.subject == report.settings.get(CHOSEN)]
+    top = chosen[0] if chosen else max(methods, key=lambda f: f.value)
     whose = f"{name} of {top.subject}"
-    if len(methods) > 1:
+    if chosen and len(methods) > 1:
+        whose += f", chosen on validation among {len(methods)} methods"
+    elif len(methods) > 1:
         whose += f", the highest of {len(methods)} methods"
     lines = [whose, *_beside(report, top, [f for f in figures if f.role == "control"])]
     chance = [text.value(f) for f in figures if f.role == "chance"]

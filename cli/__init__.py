@@ -1,0 +1,1 @@
+"""The commands: a thin layer that joins :mod:`latentstore` and :mod:`solvers`."""

@@ -1,0 +1,51 @@
+"""The entry points ``latentstore`` and ``solve``. Importing this is quick: work imports what it needs."""
+
+from __future__ import annotations
+
+import typer
+
+from cli import commands
+from latentstore import __version__
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="latentstore",
+    help="Find the original of an image that a text-guided diffusion model translated.",
+    epilog="First: latentstore demo. Your own: latentstore encode FOLDER, then latentstore match PICTURE.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings=_SETTINGS,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"latentstore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_version, is_eager=True
+    ),
+) -> None:
+    del version
+
+
+for _command in commands.COMMANDS:
+    app.command()(_command)
+
+solve_app = typer.Typer(pretty_exceptions_enable=False, context_settings=_SETTINGS)
+solve_app.command(name="solve")(commands.solve)
+
+
+def main() -> None:
+    """Run ``latentstore``."""
+    app()
+
+
+def solve_main() -> None:
+    """Run ``solve``, short for ``latentstore solve``."""
+    solve_app()

@@ -1,0 +1,177 @@
+"""A store seen as rows to fit on, to choose on, to report on: where the data side meets the mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from latentstore.errors import UsageError
+from latentstore.schema import OK
+from latentstore.store import LatentStore, open_store
+from solvers.data import PairData
+from solvers.projection import Projection
+
+Rows = npt.NDArray[np.int64]
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Rows to search for, with what each is allowed to be found as.
+
+    Attributes
+    ----------
+    collection : Collection
+        Whose rows they are (another store than the gallery's, for attacked pictures).
+    rows : (q,) array
+    group : str
+        What the figures on them are called (``"oracle: simulated"``, ``"JPEG 10"``).
+    """
+
+    collection: Collection
+    rows: Rows
+    group: str = ""
+
+    @property
+    def identity(self) -> npt.NDArray[Any]:
+        """The (q,) identities."""
+        return self.collection.identity[self.rows]
+
+
+class Collection:
+    """A complete store with its manifest in memory.
+
+    Parameters
+    ----------
+    store : LatentStore
+
+    Raises
+    ------
+    StoreIncompleteError
+    """
+
+    def __init__(self, store: LatentStore) -> None:
+        store.require_complete()
+        self.store = store
+        table = store.manifest(["path", "identity", "group", "role", "split", "source", "model"])
+        for name in ("path", "identity", "group", "role", "split", "source", "model"):
+            setattr(self, name, np.asarray(table[name].to_pylist(), dtype=object))
+        self.ok = store.status() == OK
+
+    path: npt.NDArray[Any]
+    identity: npt.NDArray[Any]
+    group: npt.NDArray[Any]
+    role: npt.NDArray[Any]
+    split: npt.NDArray[Any]
+    source: npt.NDArray[Any]
+    model: npt.NDArray[Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Collection:
+        """Open the store at a path."""
+        return cls(open_store(path))
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Hash of the store's latents."""
+        return self.store.data_hash()
+
+    @cached_property
+    def gallery(self) -> Rows:
+        """Every valid origin and reference row, of every split."""
+        return np.flatnonzero(self.ok & np.isin(self.role, ("origin", "reference")))
+
+    @cached_property
+    def translations(self) -> Rows:
+        """Every valid translation whose identity has a valid origin or reference."""
+        rows = np.flatnonzero(self.ok & (self.role == "translation"))
+        return rows[[self.identity[r] in self._origin_of for r in rows]]
+
+    @cached_property
+    def _origin_of(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        # Origins last, so that they win over references of the same identity.
+        for role in ("reference", "origin"):
+            for row in self.gallery[self.role[self.gallery] == role][::-1]:
+                found[self.identity[row]] = int(row)
+        return found
+
+    def pairs(self, split: str) -> tuple[Rows, Rows]:
+        """Return (origin rows, translation rows) of a split, pair by pair."""
+        translated = self.translations[self.split[self.translations] == split]
+        origins = np.array([self._origin_of[i] for i in self.identity[translated]], np.int64)
+        return origins, translated
+
+    def queries(self, split: str, group: str = "") -> Queries:
+        """Return the queries of a split: its translations, and rows of role ``query``."""
+        asked = np.flatnonzero(self.ok & (self.role == "query") & (self.split == split))
+        rows = np.union1d(self.translations[self.split[self.translations] == split], asked)
+        return Queries(self, rows, group or self._group_name(rows))
+
+    def _group_name(self, rows: Rows) -> str:
+        simulated = len(rows) > 0 and bool((self.source[rows] == "simulated").all())
+        return "oracle: simulated translations" if simulated else "translations"
+
+    def pair_data(self) -> PairData:
+        """Return the training pairs, their origins and the whole gallery, as re-iterable blocks."""
+        origins, translated = self.pairs("train")
+        own = np.unique(origins)
+
+        def pairs() -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+            for at in range(0, len(origins), BLOCK):
+                yield self.read(origins[at : at + BLOCK]), self.read(translated[at : at + BLOCK])
+
+        return PairData(
+            dim=self.store.layout.dim,
+            n_pairs=len(origins),
+            n_origins=len(own),
+            n_gallery=len(self.gallery),
+            stored_eps=float(np.finfo(self.store.layout.dtype).eps),
+            pairs_source=pairs,
+            origins_source=lambda: self.blocks(own),
+            gallery_source=lambda: self.blocks(self.gallery),
+        )
+
+    def read(self, rows: Rows) -> npt.NDArray[np.floating[Any]]:
+        """Return the latents of rows, (n, d), in the stored dtype."""
+        return self.store.reader.gather(rows)
+
+    def blocks(self, rows: Rows) -> Iterator[npt.NDArray[np.floating[Any]]]:
+        """Yield the latents of rows block by block."""
+        for at in range(0, len(rows), BLOCK):
+            yield self.read(rows[at : at + BLOCK])
+
+    def references(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return rows projected as references, (n, m)."""
+        return _stack([projection.references(b) for b in self.blocks(rows)])
+
+    def project_queries(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return rows projected as queries, (n, m)."""
+        return _stack([projection.queries(b) for b in self.blocks(rows)])
+
+    def require_gallery(self) -> None:
+        """Refuse a store in which nothing can be found.
+
+        Raises
+        ------
+        UsageError
+        """
+        if not len(self.gallery):
+            raise UsageError(
+                f"{self.store.root} holds no valid origin or reference image among its {len(self.ok)} rows: "
+                "there is nothing to search in."
+            )
+
+
+def _stack(blocks: list[Any]) -> npt.NDArray[np.float32]:
+    return (
+        np.concatenate([np.asarray(b, np.float32) for b in blocks])
+        if blocks
+        else np.empty((0, 0), np.float32)
+    )

@@ -1,0 +1,321 @@
+"""The commands: parse, call one function, render. Heavy packages are imported inside."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+STORE = Path("latents.zarr")
+INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Store = Annotated[Path, typer.Option(help="The store of latents.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+class Preset(StrEnum):
+    """Sizes of a CosFace run."""
+
+    auto = "auto"
+    paper = "paper"
+
+
+class Score(StrEnum):
+    """How the analytic map scores."""
+
+    cosine = "cosine"
+    bias = "bias"
+
+
+class Dtype(StrEnum):
+    """What the store keeps."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
+class PosteriorOption(StrEnum):
+    """Which latent of the VAE's posterior is kept."""
+
+    mean = "mean"
+    sample = "sample"
+
+
+class Mode(StrEnum):
+    """What the analytic diffusion returns."""
+
+    sample = "sample"
+    mean = "mean"
+
+
+class BackendOption(StrEnum):
+    """What searches."""
+
+    auto = "auto"
+    faiss = "faiss"
+    numpy = "numpy"
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn every expected failure into one paragraph and its exit code; our own bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from latentstore.errors import LatentStoreError
+        from solvers.errors import SolverError
+
+        try:
+            command(*args, **kwargs)
+        except (LatentStoreError, SolverError) as exc:
+            _fail(str(exc), exc.exit_code)
+        except KeyboardInterrupt:
+            _fail("Stopped. Finished shards are kept; run the same command again to go on.", INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of our output went away (`| head`): not our failure.
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+            raise typer.Exit(0) from None
+        except (PermissionError, OSError) as exc:
+            name = f"{exc.filename}: " if exc.filename else ""
+            _fail(f"{name}{exc.strerror or exc}.", 1)
+
+    return run
+
+
+def _fail(text: str, code: int) -> None:
+    from cli.render import note
+
+    note(f"Error: {text}" if code != INTERRUPTED else text)
+    raise typer.Exit(code)
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@guarded
+def encode(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[IMAGES]", help="Folder of images.", show_default="images")
+    ] = None,
+    store: Store = STORE,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="patch, a local diffusers folder, or a hub name.", show_default="patch"),
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV or Parquet list: path, and identity, role, group, split, model, prompt, strength."
+        ),
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Side in pixels that the encoder sees.")] = 256,
+    posterior: Annotated[PosteriorOption, typer.Option(help="Of a VAE.")] = PosteriorOption.mean,
+    seed: Annotated[int, typer.Option(help="Of the posterior's sample, drawn per row.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Of a new store.")] = Dtype.float16,
+    shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard, a multiple of 84.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub repository.")] = None,
+    device: Device = "auto",
+    follow_links: Annotated[bool, typer.Option(help="Accept links that lead out of the folder.")] = False,
+    max_pixels: Annotated[int, typer.Option(help="Larger images are recorded, not decoded.")] = 89_478_485,
+    threads: Annotated[
+        int | None, typer.Option(help="That read and decode.", show_default="one a core")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Exit with 3 when any row is not ok.")] = False,
+    json_: Json = False,
+) -> None:
+    """Encode every image once into a store of latents; run it again to resume or to append new files.
+
+    Example: latentstore encode photos --store latents.zarr
+    """
+    from cli import render
+    from cli.workflows import run_encode
+
+    with render.progress("encode", "images", quiet=json_) as (on_start, on_rows):
+        summary = run_encode(
+            folder,
+            store,
+            encoder=encoder,
+            manifest=manifest,
+            image_size=image_size,
+            posterior=posterior.value,
+            seed=seed,
+            dtype=dtype.value,
+            shard_rows=shard_rows,
+            device=device,
+            revision=revision,
+            follow_links=follow_links,
+            max_pixels=max_pixels,
+            threads=threads,
+            on_start=on_start,
+            on_rows=on_rows,
+        )
+    render.emit(summary.__dict__) if json_ else render.say(render.encode_summary(summary))
+    if strict and summary.counts.get("ok", 0) != summary.rows:
+        raise typer.Exit(3)
+
+
+@guarded
+def solve(
+    method: Annotated[
+        str, typer.Option(help="svd, gnull, analytic, cosface; or a control: identity, centred, pca.")
+    ] = "svd",
+    rank: Annotated[int, typer.Option(help="Columns of W.")] = 512,
+    store: Store = STORE,
+    out: Annotated[
+        Path | None, typer.Option(help="Where W goes.", show_default="W-METHOD-RANK.safetensors")
+    ] = None,
+    alpha_bar: Annotated[float, typer.Option(help="analytic: noise level that is assumed.")] = 0.1,
+    prompt_strength: Annotated[float, typer.Option(help="analytic: variance of the prompt's mean.")] = 0.0,
+    score: Annotated[Score, typer.Option(help="analytic: cosine, or the Bayes score.")] = Score.cosine,
+    lam: Annotated[
+        float | None, typer.Option(help="gnull: shrinkage λ.", show_default="chosen on validation")
+    ] = None,
+    preset: Annotated[
+        Preset, typer.Option(help="cosface: sized to the store, or the paper's.")
+    ] = Preset.auto,
+    budget: Annotated[float, typer.Option(help="cosface: seconds of training with --preset auto.")] = 40.0,
+    seed: Annotated[int, typer.Option(help="cosface: of weights and batches.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Fit W, write it, and report how it does on held-out queries beside its controls.
+
+    Example: solve --method svd --rank 512 --store simulated.zarr
+    """
+    from cli import render, solving
+
+    options = solving.SolveOptions(
+        method=method,
+        rank=rank,
+        alpha_bar=alpha_bar,
+        prompt=prompt_strength,
+        score=score.value,
+        lam=lam,
+        preset=preset.value,
+        budget=budget,
+        seed=seed,
+    )
+    path = out or Path(f"W-{method}-{rank}.safetensors")
+    with render.steps(method, quiet=json_) as progress:
+        solved = solving.solve(store, path, options, progress=progress, command=_command_line())
+    render.emit(solved.report.to_dict()) if json_ else render.say(render.solved(solved, path))
+
+
+@guarded
+def simulate(
+    store: Store = STORE,
+    out: Annotated[Path, typer.Option(help="The new store of pairs.")] = Path("simulated.zarr"),
+    alpha_bar: Annotated[float, typer.Option(help="Noise level ᾱ; less is a stronger translation.")] = 0.2,
+    prompt_strength: Annotated[float, typer.Option(help="How far a prompt moves the prior's mean.")] = 0.3,
+    mode: Annotated[Mode, typer.Option(help="A draw, or Lemma 1's one-step mean.")] = Mode.sample,
+    per_origin: Annotated[int, typer.Option(help="Translations of each origin.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the noise, drawn per row.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Draw translations of every origin by the analytic diffusion, into a store of pairs of its own.
+
+    The prior is fitted on the training split alone. It is a diffusion model with a known answer, not a
+    text-guided network: figures on it are an oracle's.
+
+    Example: latentstore simulate --store latents.zarr --out simulated.zarr
+    """
+    from cli import render
+    from cli.workflows import run_simulate
+    from latentstore.simulate import Diffusion
+
+    diffusion = Diffusion(alpha_bar, prompt_strength, mode.value, seed)
+    with render.progress("simulate", "rows", quiet=json_) as (on_start, on_rows):
+        made = run_simulate(store, out, diffusion, per_origin=per_origin, on_start=on_start, on_rows=on_rows)
+    facts = {"store": str(out), "rows": len(made), "model": diffusion.name, "counts": made.counts()}
+    render.emit(facts) if json_ else render.say(
+        f"{out}: {len(made):,} rows, {len(made) // (1 + per_origin):,} origins with {per_origin} simulated "
+        f"translation{'s' * (per_origin > 1)} each ({diffusion.name})"
+    )
+
+
+@guarded
+def match(
+    queries: Annotated[list[Path], typer.Argument(metavar="QUERY...", help="Pictures, or folders of them.")],
+    store: Store = STORE,
+    projection: Annotated[
+        Path | None, typer.Option(help="W to match with.", show_default="the collection's analytic map")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Origins to show for each query.")] = 5,
+    backend: Annotated[BackendOption, typer.Option(help="What searches, exactly.")] = BackendOption.auto,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Rank the collection's images as origins of suspicious pictures.
+
+    Example: latentstore match suspicious.jpg --store latents.zarr
+    """
+    from cli import render
+    from cli.workflows import run_match
+
+    found = run_match(queries, store, projection=projection, top=top, backend=backend.value, device=device)
+    if json_:
+        render.emit({**found.__dict__, "matches": [render.plain(m) for m in found.matches]})
+    else:
+        render.say(render.matched(found))
+    if found.unreadable:
+        raise typer.Exit(1)
+
+
+@guarded
+def evaluate(
+    projection: Annotated[Path, typer.Option(help="W to evaluate.")] = Path("W-svd-512.safetensors"),
+    store: Store = STORE,
+    queries: Annotated[
+        Path | None, typer.Option(help="A store of queries.", show_default="the store itself")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON here.")] = None,
+    json_: Json = False,
+) -> None:
+    """Report mAP and Acc of a W on test queries, beside raw, centred and PCA-whitened cosine.
+
+    Example: latentstore evaluate --projection W-svd-512.safetensors --store simulated.zarr
+    """
+    from cli import render, solving
+
+    report = solving.evaluate(store, projection, queries=queries, out=out, command=_command_line())
+    render.emit(report.to_dict()) if json_ else render.say(render.evaluated(report))
+
+
+@guarded
+def demo(
+    images: Annotated[
+        Path | None, typer.Option(help="Your own folder.", show_default="photographs of scikit-image")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
+    rank: Annotated[int, typer.Option(help="Columns of W.")] = 512,
+    limit: Annotated[int, typer.Option(help="Use at most so many images.")] = 3000,
+    image_size: Annotated[int, typer.Option(help="Side in pixels that the encoder sees.")] = 256,
+    budget: Annotated[float, typer.Option(help="Seconds of CosFace training.")] = 40.0,
+    json_: Json = False,
+) -> None:
+    """Run the whole way on real photographs and write a page that shows how well origins are found.
+
+    Example: latentstore demo --images photos --out demo
+    """
+    from cli import render
+    from cli.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        images=images, out=out, rank=rank, limit=limit, image_size=image_size, budget=budget
+    )
+    result = run_demo(options, say=(lambda text: None) if json_ else render.say, command=_command_line())
+    if json_:
+        render.emit(result.report.to_dict())
+    else:
+        render.say(render.demonstrated(result))
+
+
+COMMANDS = (demo, encode, simulate, solve, match, evaluate)

@@ -1,0 +1,270 @@
+"""Figures with their controls: every W beside raw, centred and PCA-whitened cosine, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cli.collection import Collection, Queries, Rows
+from latentstore.errors import UsageError
+from latentstore.results import Figure
+from solvers.metrics import (
+    Ranking,
+    average_precision,
+    bootstrap,
+    chance_map,
+    paired_bootstrap,
+    refuse_leak,
+    residual_ratio,
+)
+from solvers.projection import Projection
+from solvers.selection import controls
+
+ROUGH = 10
+"""Photos below which a bootstrap interval is too narrow to be trusted."""
+MEMORY = 4 << 30
+"""Bytes that projected references may take at a time."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one method reached on one group of queries, beside the best control.
+
+    ``gain`` is None when there is no control; ``verdict`` is the plain sentence.
+    """
+
+    subject: str
+    group: str
+    ranking: Ranking
+    gain: float | None = None
+    gain_interval: tuple[float, float] | None = None
+    best_control: str = ""
+    verdict: str = ""
+
+
+@dataclass
+class Evaluation:
+    """Figures, in the results schema, and the measurements behind them."""
+
+    figures: list[Figure] = field(default_factory=list)
+    methods: list[Measured] = field(default_factory=list)
+    rankings: dict[tuple[str, str], Ranking] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """One plain sentence a method and group."""
+        return [m.verdict for m in self.methods if m.verdict]
+
+
+def evaluate(
+    gallery: Collection,
+    queries: Queries,
+    methods: Mapping[str, Projection],
+    control_set: Mapping[str, Projection],
+) -> Evaluation:
+    """Measure mAP and Acc of methods and controls on queries, against every valid origin and reference.
+
+    Parameters
+    ----------
+    gallery : Collection
+    queries : Queries
+    methods, control_set : mapping of name to Projection
+
+    Returns
+    -------
+    Evaluation
+        Intervals are 95 %, from 2,000 bootstrap samples of photos (the manifest's ``group``).
+
+    Raises
+    ------
+    SpaceError, SpaceMismatchError
+        Latents or projections of different spaces.
+    LeakError
+        A method was chosen on identities that are to be reported.
+    """
+    out = Evaluation()
+    gallery.require_gallery()
+    widest = max(p.rank for p in (*methods.values(), *control_set.values()))
+    rows = affordable(gallery, queries, widest)
+    known = set(gallery.identity[rows].tolist())
+    kept = np.array([i in known for i in queries.identity], bool)
+    asked = Queries(queries.collection, queries.rows[kept], queries.group)
+    if not len(asked.rows):
+        return out
+    for projection in methods.values():
+        refuse_leak(projection, sorted(set(asked.identity.tolist())))
+    groups = asked.collection.group[asked.rows]
+    for name, projection in {**control_set, **methods}.items():
+        projection.check_space(gallery.store.space.id)
+        projection.check_space(asked.collection.store.space.id)
+        out.rankings[name, asked.group] = average_precision(
+            asked.collection.project_queries(projection, asked.rows),
+            asked.identity,
+            gallery.references(projection, rows),
+            gallery.identity[rows],
+        )
+    best = max(
+        (n for n in control_set if n != "random subspace"),
+        key=lambda n: out.rankings[n, asked.group].map,
+        default=None,
+    )
+    for name in methods:
+        ranking = out.rankings[name, asked.group]
+        out.figures += _figures(name, "method", asked.group, ranking, groups)
+        measured = _against(name, asked.group, ranking, best, out, groups)
+        out.methods.append(measured)
+        if measured.gain is not None:
+            out.figures.append(
+                Figure(
+                    "gain over best control",
+                    measured.gain,
+                    name,
+                    "method",
+                    asked.group,
+                    "fraction",
+                    measured.gain_interval,
+                    len(ranking.ap),
+                    measured.verdict,
+                )
+            )
+    for name in control_set:
+        out.figures += _figures(name, "control", asked.group, out.rankings[name, asked.group], groups)
+    n = len(asked.rows)
+    chance = chance_map(len(rows))
+    out.figures.append(Figure("mAP", chance, "chance", "chance", asked.group, "fraction", None, n))
+    out.figures.append(Figure("Acc", 1 / len(rows), "chance", "chance", asked.group, "fraction", None, n))
+    return out
+
+
+def affordable(gallery: Collection, queries: Queries, columns: int) -> Rows:
+    """Return the gallery rows; where they do not fit memory, all queried identities and seeded others."""
+    room = MEMORY // (4 * columns)
+    rows = gallery.gallery
+    if len(rows) <= room:
+        return rows
+    wanted = np.isin(gallery.identity[rows], queries.identity)
+    others = np.random.default_rng(0).permutation(rows[~wanted])
+    return np.sort(np.concatenate([rows[wanted], others[: max(0, room - int(wanted.sum()))]]))
+
+
+def _figures(name: str, role: Any, group: str, ranking: Ranking, groups: np.ndarray) -> list[Figure]:
+    kept = groups[ranking.queries]
+    out = []
+    for what, values in (("mAP", ranking.ap), ("Acc", ranking.hit1.astype(float))):
+        interval = bootstrap(values, kept) if len(np.unique(kept)) > 1 else None
+        note = f"{ranking.ties} ties, counted against it" if ranking.ties and what == "mAP" else ""
+        out.append(
+            Figure(what, float(values.mean()), name, role, group, "fraction", interval, len(values), note)
+        )
+    return out
+
+
+def _against(
+    name: str, group: str, ranking: Ranking, best: str | None, out: Evaluation, groups: np.ndarray
+) -> Measured:
+    if best is None:
+        return Measured(name, group, ranking)
+    control = out.rankings[best, group]
+    gain = ranking.map - control.map
+    kept = groups[ranking.queries]
+    interval = paired_bootstrap(ranking.ap, control.ap, kept) if len(np.unique(kept)) > 1 else None
+    sentence = verdict(name, group, gain, interval, best, n_groups=len(np.unique(kept)))
+    return Measured(name, group, ranking, gain, interval, best, sentence)
+
+
+def verdict(
+    name: str,
+    group: str,
+    gain: float,
+    interval: tuple[float, float] | None,
+    best: str,
+    *,
+    n_groups: int,
+) -> str:
+    """Say in one plain sentence whether a W beat the best control.
+
+    Parameters
+    ----------
+    n_groups : int
+        Independent photos behind the interval; with fewer than 10 the sentence says so.
+    """
+    where = f" on {group}" if group else ""
+    points = f"{100 * gain:+.1f} points of mAP"
+    if interval is None:
+        return f"{name}{where}: {points} against the best control ({best}); too few photos for an interval."
+    low, high = (100 * v for v in interval)
+    span = f"95 % interval {low:+.1f} to {high:+.1f}"
+    if n_groups < ROUGH:
+        span += f", rough with {n_groups} photographs"
+    if low > 0:
+        return f"{name} beat the best control ({best}){where}: {points}, {span}."
+    if high < 0:
+        return f"{name} lost to the best control ({best}){where}: {points}, {span}."
+    return f"{name} did not beat the best control ({best}){where}: {points}, {span} (zero is inside)."
+
+
+def fit_controls(collection: Collection, rank: int) -> dict[str, Projection]:
+    """Fit raw, centred, PCA-whitened and a random subspace.
+
+    PCA-whitening comes with both exponents, at W's rank, at all ranks, and at a quarter of W's rank (or of
+    the gallery's span, where that is smaller: whitened at its full span, a small gallery has no two
+    directions alike). The best of them counts.
+    """
+    found = controls(collection.pair_data(), min(rank, collection.store.layout.dim))
+    own: dict[str, Projection] = {}
+    for name, projection in found.items():
+        # At or above the span both ranks are one control.
+        twin = name.removesuffix(", all")
+        if name == twin or own[twin].rank != projection.rank:
+            own[name] = projection
+            quarter = projection.rank // 4
+            if name.startswith("PCA") and name == twin and quarter:
+                own[f"{name}, rank {quarter}"] = projection.truncated(quarter)
+    return own
+
+
+def residuals(collection: Collection, projection: Projection, random: Projection, split: str) -> list[Figure]:
+    """Return held-out ‖TW‖/‖(O−μ)W‖ of a W and of a random subspace of the same rank.
+
+    μ is the gallery's mean for both, so that the two can be compared.
+    """
+    from dataclasses import replace
+
+    origins, translated = collection.pairs(split)
+    if not len(origins):
+        return []
+    o, g = collection.read(origins).astype(np.float64), collection.read(translated).astype(np.float64)
+    mean = collection.read(collection.gallery[:65536]).astype(np.float64).mean(0).astype(np.float32)
+    out = []
+    for subject, p in ((projection.method, projection), ("random subspace", random)):
+        centred = p if p.center is not None else replace(p, center=mean)
+        out.append(
+            Figure(
+                "held-out residual",
+                residual_ratio(centred, o, g),
+                subject,
+                "note",
+                split,
+                n=len(o),
+                note="‖TW‖/‖(O−μ)W‖; lower moves less under translation, 0 is exact",
+            )
+        )
+    return out
+
+
+def require_queries(queries: Queries, where: str) -> None:
+    """Refuse to evaluate nothing.
+
+    Raises
+    ------
+    UsageError
+    """
+    if not len(queries.rows):
+        raise UsageError(
+            f"{where} holds no test queries: rows of role translation or query whose identity has an origin "
+            "and is in the test split (one identity in ten, by hash). Make pairs with latentstore simulate, "
+            "or encode your translations with a manifest."
+        )

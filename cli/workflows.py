@@ -1,0 +1,253 @@
+"""What the commands do, without Typer: encode, simulate, match. They return plain data; nothing prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cli.collection import BLOCK, Collection
+from cli.solving import SolveOptions, fit, load_projection
+from latentstore import encoders, images, search
+from latentstore.encode import EncodeSummary, Source, encode
+from latentstore.errors import ImageError, StoreWriteError, UsageError
+from latentstore.manifest import list_folder
+from latentstore.results import Candidate, Match
+from latentstore.schema import Posterior
+from latentstore.simulate import Diffusion, GaussianPrior, simulate
+from latentstore.store import LatentStore, exists, open_store
+from solvers.projection import Projection
+from solvers.spectrum import fit_spectrum
+
+OnStart = Callable[[int, int], None]
+OnRows = Callable[[int, int], None]
+
+
+def run_encode(
+    folder: Path | None,
+    store: Path,
+    *,
+    encoder: str | None = None,
+    manifest: Path | None = None,
+    image_size: int = 256,
+    posterior: Posterior = "mean",
+    seed: int = 0,
+    dtype: str = "float16",
+    shard_rows: int | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    follow_links: bool = False,
+    max_pixels: int = images.MAX_PIXELS,
+    threads: int | None = None,
+    on_start: OnStart | None = None,
+    on_rows: OnRows | None = None,
+) -> EncodeSummary:
+    """Encode a folder or manifest into a store; an existing store goes on with its own encoder."""
+    source = Source.of(folder, manifest, follow_links=follow_links)
+    if exists(store) and encoder is None:
+        present = open_store(store)
+        loaded = encoders.load_for(present.space, present.provenance["encoder"], device=device)
+    else:
+        # Listed before a model is loaded, so that a wrong path is told at once.
+        source.list()
+        loaded = encoders.load_encoder(
+            encoder or encoders.DEFAULT,
+            image_size=image_size,
+            posterior=posterior,
+            seed=seed,
+            device=device,
+            revision=revision,
+        )
+    return encode(
+        source,
+        store,
+        loaded,
+        dtype=dtype,
+        shard_rows=shard_rows,
+        max_pixels=max_pixels,
+        threads=threads,
+        on_start=on_start,
+        on_rows=on_rows,
+    )
+
+
+def run_simulate(
+    store: Path,
+    out: Path,
+    diffusion: Diffusion,
+    *,
+    per_origin: int = 1,
+    on_start: OnStart | None = None,
+    on_rows: OnRows | None = None,
+) -> LatentStore:
+    """Fit the prior on the training split alone and write a store of simulated pairs."""
+    collection = Collection.open(store)
+    collection.require_gallery()
+    if store.absolute() == out.absolute():
+        raise UsageError(f"--store and --out are both {out}; simulated latents go into a store of their own.")
+    rows = collection.gallery[collection.split[collection.gallery] == "train"]
+    if len(rows) < 2:
+        raise UsageError(
+            f"{store} has {len(rows)} valid images in its training split (8 identities in 10, by hash); the "
+            "simulator fits its prior on at least 2. Encode more images."
+        )
+    spectrum = fit_spectrum(_Blocks(collection, rows), collection.store.layout.dim, len(rows))
+    prior = GaussianPrior.from_spectrum(spectrum.mean, spectrum.values, spectrum.vectors)
+    return simulate(
+        collection.store, out, prior, diffusion, per_origin=per_origin, on_start=on_start, on_rows=on_rows
+    )
+
+
+class _Blocks:
+    """A re-iterable over the latents of rows: fits make more than one pass."""
+
+    def __init__(self, collection: Collection, rows: Any) -> None:
+        self.collection, self.rows = collection, rows
+
+    def __iter__(self) -> Any:
+        return iter(self.collection.blocks(self.rows))
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """Matches of every readable query, the queries that could not be read, and the map that was used."""
+
+    matches: list[Match]
+    unreadable: list[tuple[str, str]]
+    projection: str
+    method: str
+    made: bool
+    backend: str
+
+
+def run_match(
+    queries: list[Path],
+    store: Path,
+    *,
+    projection: Path | None = None,
+    top: int = 5,
+    backend: search.Backend = "auto",
+    device: str = "auto",
+) -> MatchResult:
+    """Rank the collection's images for query pictures (files or folders).
+
+    Without a projection the collection's analytic map is made, kept in the store, and used again.
+    """
+    files = _query_files(queries)
+    if top < 1:
+        raise UsageError(f"--top is {top}; at least 1 is needed.")
+    chosen = search.select_backend(backend)
+    given = None if projection is None else load_projection(projection)
+    collection = Collection.open(store)
+    collection.require_gallery()
+    W, name, made = (given, str(projection), False) if given is not None else own_projection(collection)
+    W.check_space(collection.store.space.id)
+    present = collection.store
+    encoder = encoders.load_for(present.space, present.provenance["encoder"], device=device)
+    names, latents, unreadable = encode_files(files, encoder)
+    if not names:
+        listed = "; ".join(f"{n}: {why}" for n, why in unreadable[:3])
+        raise UsageError(f"None of the {len(files)} queries can be read ({listed}).")
+    scores, rows = search.top_k(
+        np.asarray(W.queries(latents)),
+        (
+            (
+                collection.gallery[at : at + BLOCK],
+                np.asarray(W.references(collection.read(collection.gallery[at : at + BLOCK]))),
+            )
+            for at in range(0, len(collection.gallery), BLOCK)
+        ),
+        max(top, 2),
+        backend=backend,
+    )
+    matches = [
+        Match(
+            query=name_,
+            group="",
+            margin=float(s[0] - s[1]) if len(s) > 1 else None,
+            candidates=[
+                Candidate(str(collection.path[r]), str(collection.identity[r]), float(v))
+                for v, r in zip(s[:top], found[:top], strict=True)
+            ],
+        )
+        for name_, s, found in zip(names, scores, rows, strict=True)
+    ]
+    return MatchResult(matches, unreadable, name, W.method, made, chosen)
+
+
+def own_projection(collection: Collection) -> tuple[Projection, str, bool]:
+    """Return the collection's analytic map, kept in the store; made anew when its latents have changed.
+
+    Returns
+    -------
+    projection, path, made
+    """
+    path = collection.store.root / "projections" / f"analytic-{collection.data_hash}.safetensors"
+    if path.exists():
+        return Projection.load(path), str(path), False
+    dim = collection.store.layout.dim
+    W, _, _ = fit(collection, SolveOptions(method="analytic", rank=min(512, dim)))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        for old in path.parent.glob("analytic-*.safetensors"):
+            old.unlink(missing_ok=True)
+        W.save(path)
+    except OSError as exc:
+        raise StoreWriteError(
+            f"The collection's analytic map could not be kept at {path}: {exc.strerror or exc}. Make room or "
+            "permission there, or make a map elsewhere with solve --method analytic and name it with "
+            "--projection."
+        ) from exc
+    return W, str(path), True
+
+
+def encode_files(
+    files: list[Path], encoder: encoders.Encoder
+) -> tuple[list[str], Any, list[tuple[str, str]]]:
+    """Encode pictures that are in no store.
+
+    Returns
+    -------
+    names, latents, unreadable
+        ``latents`` is (n, dim) float32; ``unreadable`` holds (name, why).
+    """
+    names: list[str] = []
+    blocks: list[Any] = []
+    unreadable: list[tuple[str, str]] = []
+    size = encoder.space.image_size
+    for at in range(0, len(files), encoder.batch):
+        pixels = np.zeros((encoder.batch, size, size, 3), np.uint8)
+        read: list[str] = []
+        for path in files[at : at + encoder.batch]:
+            try:
+                pixels[len(read)] = images.load(path, size).rgb
+                read.append(str(path))
+            except ImageError as exc:
+                unreadable.append((str(path), f"{exc.status}: {exc.reason}"))
+        latents = encoder.encode(pixels, np.arange(len(pixels), dtype=np.int64))[: len(read)]
+        finite = [bool(np.isfinite(row).all()) for row in latents]
+        unreadable += [
+            (n, "not_finite: its latent is not finite") for n, f in zip(read, finite, strict=True) if not f
+        ]
+        names += [n for n, f in zip(read, finite, strict=True) if f]
+        blocks.append(latents[np.array(finite, bool)])
+    return (
+        names,
+        np.concatenate(blocks) if blocks else np.empty((0, encoder.space.dim), np.float32),
+        unreadable,
+    )
+
+
+def _query_files(queries: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for query in queries:
+        if query.is_dir():
+            files += [query / p for p in list_folder(query)["path"].to_pylist()]
+        elif query.exists():
+            files.append(query)
+        else:
+            raise UsageError(f"There is no query image {query} (looked in {Path.cwd()}).")
+    return files

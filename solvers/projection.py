@@ -1,0 +1,293 @@
+"""The fitted map: frozen, callable on any array library, one file on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import array_api_compat
+import numpy as np
+
+from .arrays import as_like, namespace
+from .errors import ProjectionFormatError, SolverUsageError, SpaceError
+from .moments import read_safetensors, write_safetensors
+from .rank import check_rank
+
+SCORES = ("cosine", "bias")
+_FORMAT = "solvers.projection"
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+def identity_hash(names: Sequence[str]) -> np.ndarray:
+    """Hash identity names to 64 bits each (BLAKE2b), so that a projection can name them briefly."""
+    digests = b"".join(hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def as_hashes(identities: Any) -> np.ndarray:
+    """Return identities, given as names or as 64-bit hashes, as sorted unique hashes."""
+    array = np.asarray(identities)
+    if array.dtype != np.uint64:
+        array = identity_hash([str(name) for name in array.ravel().tolist()])
+    return np.unique(array)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Maps latents to rows whose inner product is the score.
+
+    Attributes
+    ----------
+    query_map, reference_map
+        (d, m) float32; the same array unless the method treats the two sides differently.
+    center
+        (d,) subtracted from both sides first, or None.
+    score
+        "cosine": rows are L2-normalised (zero rows stay zero). "bias": the inner product plus the
+        reference bias -||r||^2 / 2, carried by one more column, so that a plain inner product is the score.
+    spectrum
+        Values the method read off the data; `truncated` leaves them whole.
+    method, knobs
+        What fitted it.
+    space_id
+        The encoder space of the latents; "" when unknown.
+    data_hash
+        The data it was fitted on.
+    used_identities
+        Sorted uint64 hashes of identities used for fitting on pairs or for choosing.
+    seed
+        Seed of anything random, or None.
+    provenance
+        JSON-able record of versions, devices, dates and of the fit.
+    """
+
+    query_map: np.ndarray
+    reference_map: np.ndarray
+    center: np.ndarray | None = None
+    score: str = "cosine"
+    spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    method: str = ""
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    space_id: str = ""
+    data_hash: str = ""
+    used_identities: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    seed: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        same = self.reference_map is self.query_map
+        query = np.asarray(self.query_map, dtype=np.float32)
+        reference = query if same else np.asarray(self.reference_map, dtype=np.float32)
+        center = None if self.center is None else np.asarray(self.center, dtype=np.float32)
+        if query.ndim != 2 or query.shape != reference.shape:
+            raise SolverUsageError(
+                f"Both maps must have one shape (d, m); got {query.shape} and {reference.shape}. "
+                "Pass the same array twice for a symmetric map."
+            )
+        if center is not None and center.shape != query.shape[:1]:
+            raise SolverUsageError(f"The centre must have the shape {query.shape[:1]}, not {center.shape}.")
+        if self.score not in SCORES:
+            raise SolverUsageError(f"The score must be one of {', '.join(SCORES)}, not {self.score!r}.")
+        parts: dict[str, Any] = {"query map": query, "reference map": reference, "centre": center}
+        for name, value in parts.items():
+            if value is not None and not np.isfinite(value).all():
+                raise SolverUsageError(f"The {name} holds values that are not finite; the fit has failed.")
+        settled = {
+            "query_map": query,
+            "reference_map": reference,
+            "center": center,
+            "spectrum": np.asarray(self.spectrum, dtype=np.float64),
+            "used_identities": as_hashes(np.asarray(self.used_identities, dtype=np.uint64)),
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def dim(self) -> int:
+        """Length of a latent."""
+        return int(self.query_map.shape[0])
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of W."""
+        return int(self.query_map.shape[1])
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether queries and references pass through one map."""
+        return self.reference_map is self.query_map
+
+    def coordinates(self, x: Any, side: str = "query") -> Any:
+        """Centre and map rows, without normalisation or bias, in x's own library and device.
+
+        Float16 rows are computed and returned in float32; float64 rows stay float64.
+        """
+        xp = namespace(x)
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise SolverUsageError(
+                f"This projection takes rows of {self.dim} values; got an array of shape {tuple(x.shape)}. "
+                "Use latents of the encoder it was fitted on."
+            )
+        if side not in ("query", "reference"):
+            raise SolverUsageError(f"The side must be 'query' or 'reference', not {side!r}.")
+        if x.dtype != xp.float64:
+            x = xp.astype(x, xp.float32, copy=False)
+        if self.center is not None:
+            x = x - self._placed("center", x)
+        name = "query_map" if side == "query" else "reference_map"
+        return x if self._is_identity(name) else x @ self._placed(name, x)
+
+    def queries(self, x: Any) -> Any:
+        """Project query rows; their inner product with `references` rows is the score."""
+        rows = self.coordinates(x, "query")
+        if self.score == "cosine":
+            return _normalised(rows)
+        xp = namespace(rows)
+        return xp.concat([rows, xp.ones_like(rows[:, :1])], axis=1)
+
+    def references(self, x: Any) -> Any:
+        """Project reference rows."""
+        rows = self.coordinates(x, "reference")
+        if self.score == "cosine":
+            return _normalised(rows)
+        xp = namespace(rows)
+        return xp.concat([rows, -0.5 * xp.sum(rows * rows, axis=1, keepdims=True)], axis=1)
+
+    __call__ = queries
+
+    def truncated(self, m: int) -> Projection:
+        """Keep the first m columns: for methods with nested ranks, the fit of rank m."""
+        check_rank(m, self.rank)
+        query = np.ascontiguousarray(self.query_map[:, :m])
+        reference = query if self.symmetric else np.ascontiguousarray(self.reference_map[:, :m])
+        knobs = {**self.knobs, "rank": m} if "rank" in self.knobs else self.knobs
+        return replace(self, query_map=query, reference_map=reference, knobs=knobs)
+
+    def with_score(self, score: str) -> Projection:
+        """Return the same maps under another score."""
+        knobs = {**self.knobs, "score": score} if "score" in self.knobs else self.knobs
+        return replace(self, score=score, knobs=knobs)
+
+    def using(self, identities: Any) -> Projection:
+        """Record more identities (names or hashes) as used for fitting or choosing."""
+        return replace(self, used_identities=np.union1d(self.used_identities, as_hashes(identities)))
+
+    def check_space(self, space_id: str) -> None:
+        """Raise `SpaceError` unless the latents' space is this projection's; unknown ids pass."""
+        if self.space_id and space_id and self.space_id != space_id:
+            raise SpaceError(
+                f"The projection was fitted in the space {self.space_id}, the latents are of the space "
+                f"{space_id}. "
+                "Encode with the encoder and settings of the projection, or solve W for these latents."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file with JSON metadata, atomically."""
+        tensors = {"query_map": self.query_map, "spectrum": self.spectrum}
+        tensors["used_identities"] = self.used_identities
+        if not self.symmetric:
+            tensors["reference_map"] = self.reference_map
+        if self.center is not None:
+            tensors["center"] = self.center
+        info = {
+            name: getattr(self, name)
+            for name in ("score", "method", "knobs", "space_id", "data_hash", "seed", "provenance")
+        }
+        text = json.dumps(info, sort_keys=True, default=_jsonable)
+        write_safetensors(path, tensors, {"format": _FORMAT, "version": "1", "info": text})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a projection, or a bare torch weight (.pt, .pth, .bin) whose rows are the m outputs.
+
+        The latter is loaded as data only, transposed to (d, m), and has the unknown space "".
+        """
+        if Path(path).suffix.lower() in _TORCH_SUFFIXES:
+            W = _torch_weight(Path(path))
+            return cls(W, W, method="torch weight", provenance={"file": Path(path).name})
+        tensors, metadata = read_safetensors(path, _FORMAT)
+        try:
+            info = json.loads(metadata["info"])
+            query = tensors["query_map"]
+            return cls(
+                query,
+                tensors.get("reference_map", query),
+                center=tensors.get("center"),
+                spectrum=tensors["spectrum"],
+                used_identities=tensors["used_identities"],
+                **info,
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ProjectionFormatError(
+                f"{path} lacks a part of a projection ({error}). It was written by another version; solve "
+                "W again."
+            ) from error
+
+    def _placed(self, name: str, like: Any) -> Any:
+        # One copy per device and dtype: a search calls this for every block.
+        if array_api_compat.is_numpy_array(like) and like.dtype == np.float32:
+            return getattr(self, name)
+        key = (name, type(like).__module__, str(array_api_compat.device(like)), str(like.dtype))
+        if key not in self._cache:
+            self._cache[key] = as_like(getattr(self, name), like)
+        return self._cache[key]
+
+    def _is_identity(self, name: str) -> bool:
+        # Raw and centred controls have an identity map; skipping the d x d product is exact.
+        key = ("identity", name)
+        if key not in self._cache:
+            W = getattr(self, name)
+            square = W.shape[0] == W.shape[1] and bool((np.diagonal(W) == 1).all())
+            self._cache[key] = square and int(np.count_nonzero(W)) == len(W)
+        return bool(self._cache[key])
+
+
+def _normalised(rows: Any) -> Any:
+    xp = namespace(rows)
+    # Scaled by the largest entry first, so that tiny rows neither underflow nor turn into zero.
+    peak = xp.max(xp.abs(rows), axis=1, keepdims=True)
+    one = xp.ones_like(peak)
+    rows = rows / xp.where(peak > 0, peak, one)
+    norm = xp.sqrt(xp.sum(rows * rows, axis=1, keepdims=True))
+    return rows / xp.where(norm > 0, norm, one)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return str(value)
+
+
+def _torch_weight(path: Path) -> np.ndarray:
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises a different type for every kind of damage
+        raise ProjectionFormatError(
+            f"{path} cannot be read as plain torch weights ({type(error).__name__}). "
+            "Only tensors are accepted, never pickled objects; save the weight with torch.save(tensor)."
+        ) from error
+    tensors = [v for v in loaded.values() if torch.is_tensor(v)] if isinstance(loaded, dict) else [loaded]
+    if len(tensors) != 1 or not torch.is_tensor(tensors[0]) or tensors[0].ndim != 2:
+        raise ProjectionFormatError(
+            f"{path} must hold one two-dimensional tensor; it holds {len(tensors)} entries. "
+            "Save the weight of the projection alone."
+        )
+    weight = tensors[0].detach().float().numpy()
+    if weight.shape[0] > weight.shape[1]:
+        raise ProjectionFormatError(
+            f"{path} holds a weight of shape {weight.shape}; outputs x inputs was expected, with no more "
+            "outputs than inputs. Transpose it before saving."
+        )
+    return np.ascontiguousarray(weight.T)
