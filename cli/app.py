@@ -37,7 +37,7 @@ def _root(
 for _command in commands.COMMANDS:
     app.command()(_command)
 
-solve_app = typer.Typer(pretty_exceptions_enable=False, context_settings=_SETTINGS)
+solve_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_SETTINGS)
 solve_app.command(name="solve")(commands.solve)
 
 
@@ -49,3 +49,7 @@ def main() -> None:
 def solve_main() -> None:
     """Run ``solve``, short for ``latentstore solve``."""
     solve_app()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -117,10 +117,14 @@ def encode(
             help="CSV or Parquet list: path, and identity, role, group, split, model, prompt, strength."
         ),
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Side in pixels that the encoder sees.")] = 256,
-    posterior: Annotated[PosteriorOption, typer.Option(help="Of a VAE.")] = PosteriorOption.mean,
-    seed: Annotated[int, typer.Option(help="Of the posterior's sample, drawn per row.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Of a new store.")] = Dtype.float16,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side in pixels that the encoder sees.", show_default="256")
+    ] = None,
+    posterior: Annotated[PosteriorOption | None, typer.Option(help="Of a VAE.", show_default="mean")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the posterior's sample, drawn per row.", show_default="0")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of a new store.", show_default="float16")] = None,
     shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard, a multiple of 84.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub repository.")] = None,
     device: Device = "auto",
@@ -146,9 +150,9 @@ def encode(
             encoder=encoder,
             manifest=manifest,
             image_size=image_size,
-            posterior=posterior.value,
+            posterior=cast("Any", posterior and posterior.value),
             seed=seed,
-            dtype=dtype.value,
+            dtype=dtype and dtype.value,
             shard_rows=shard_rows,
             device=device,
             revision=revision,
@@ -173,17 +177,27 @@ def solve(
     out: Annotated[
         Path | None, typer.Option(help="Where W goes.", show_default="W-METHOD-RANK.safetensors")
     ] = None,
-    alpha_bar: Annotated[float, typer.Option(help="analytic: noise level that is assumed.")] = 0.1,
-    prompt_strength: Annotated[float, typer.Option(help="analytic: variance of the prompt's mean.")] = 0.0,
-    score: Annotated[Score, typer.Option(help="analytic: cosine, or the Bayes score.")] = Score.cosine,
+    alpha_bar: Annotated[
+        float | None, typer.Option(help="analytic: noise level that is assumed.", show_default="0.1")
+    ] = None,
+    prompt_strength: Annotated[
+        float | None, typer.Option(help="analytic: how far prompts move the mean.", show_default="0")
+    ] = None,
+    score: Annotated[
+        Score | None, typer.Option(help="analytic: cosine, or the Bayes score.", show_default="cosine")
+    ] = None,
     lam: Annotated[
         float | None, typer.Option(help="gnull: shrinkage λ.", show_default="chosen on validation")
     ] = None,
     preset: Annotated[
-        Preset, typer.Option(help="cosface: sized to the store, or the paper's.")
-    ] = Preset.auto,
-    budget: Annotated[float, typer.Option(help="cosface: seconds of training with --preset auto.")] = 40.0,
-    seed: Annotated[int, typer.Option(help="cosface: of weights and batches.")] = 0,
+        Preset | None, typer.Option(help="cosface: sized to the store, or the paper's.", show_default="auto")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="cosface: seconds of training with --preset auto.", show_default="40")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="cosface: of weights and batches.", show_default="0")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Fit W, write it, and report how it does on held-out queries beside its controls.
@@ -192,14 +206,14 @@ def solve(
     """
     from cli import render, solving
 
-    options = solving.SolveOptions(
-        method=method,
-        rank=rank,
+    options = solving.SolveOptions.of(
+        method,
+        rank,
         alpha_bar=alpha_bar,
-        prompt=prompt_strength,
-        score=score.value,
+        prompt_strength=prompt_strength,
+        score=score and score.value,
         lam=lam,
-        preset=preset.value,
+        preset=preset and preset.value,
         budget=budget,
         seed=seed,
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cli import measure, solving
+from cli import account, measure
 from cli.collection import Collection, Queries
 from cli.solving import SolveOptions, fit
 from cli.workflows import run_encode, run_simulate
@@ -114,8 +114,8 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
             source = gallery if method == "analytic" else pairs
             maps[method], facts[method], choices = fit(source, asked)
             maps[method].save(out / f"W-{method}-{rank}.safetensors")
-            figures += solving.solver_figures(method, facts[method])
-            curves += solving.solver_curves(method, facts[method], choices)
+            figures += account.solver_figures(method, facts[method])
+            curves += account.solver_curves(method, facts[method], choices)
 
     with stage("evaluate"):
         control_set = measure.fit_controls(gallery, rank)
@@ -176,8 +176,8 @@ def _photographs(options: DemoOptions) -> tuple[Path, Path]:
     listed = [r["path"] for r in list_folder(options.images).to_pylist() if r["path_raw"] is None]
     if len(listed) < 20:
         raise UsageError(
-            f"{options.images} holds {len(listed)} images; the demo fits, chooses and tests on "
-            "different ones and needs at least 20. For a few images use latentstore encode and latentstore match."
+            f"{options.images} holds {len(listed)} images; the demo fits, chooses and tests on different "
+            "ones and needs at least 20. For a few images use latentstore encode and latentstore match."
         )
     chosen = np.sort(np.random.default_rng(0).permutation(len(listed))[: options.limit])
     manifest = out / "images.csv"
@@ -336,7 +336,8 @@ def _summary(
     lead = (
         f"{n} attacked pictures were searched among {len(gallery.gallery)} {what}; with the W of "
         f"method {best} (chosen on validation) the origin came first for {found} of them ({found / n:.0%}). "
-        f"They come from {test_photos} photograph{'s' * (test_photos != 1)} kept out of every pair and every choice."
+        f"They come from {test_photos} photograph{'s' * (test_photos != 1)} kept out of every pair and "
+        "every choice."
     )
     return [lead, *(m.verdict for m in evaluation.methods)]
 

@@ -222,7 +222,7 @@ def fit_controls(collection: Collection, rank: int) -> dict[str, Projection]:
             own[name] = projection
             quarter = projection.rank // 4
             if name.startswith("PCA") and name == twin and quarter:
-                own[f"{name}, rank {quarter}"] = projection.truncated(quarter)
+                own[f"{name} @{quarter}"] = projection.truncated(quarter)
     return own
 
 

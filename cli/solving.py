@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from cli import measure
-from cli.collection import Collection, Queries
+from cli import account, measure
+from cli.collection import Collection
 from latentstore import results
 from latentstore._version import __version__
 from latentstore.errors import UsageError
-from latentstore.results import Curve, Figure, Report
+from latentstore.results import Report
 from solvers.errors import NoPairsError
 from solvers.methods import build, check_rank, get
 from solvers.metrics import Ranking, average_precision
@@ -25,6 +25,13 @@ from solvers.projection import Projection, identity_hash
 
 LAMBDAS = (0.1, 1.0, 10.0, 100.0)
 """Shrinkages of gnull, in units of Σ_t's mean diagonal, from which validation chooses."""
+
+KNOBS: dict[str, tuple[str, ...]] = {
+    "analytic": ("alpha_bar", "prompt_strength", "score"),
+    "gnull": ("lam",),
+    "cosface": ("preset", "budget", "seed"),
+}
+"""Which method each knob of :class:`SolveOptions` belongs to."""
 
 Progress = Callable[[int, int, float], None]
 
@@ -37,7 +44,7 @@ class SolveOptions:
     ----------
     method : str
     rank : int
-    alpha_bar, prompt : float
+    alpha_bar, prompt_strength : float
         Of ``analytic``.
     score : {"cosine", "bias"}
         Of ``analytic``.
@@ -53,12 +60,31 @@ class SolveOptions:
     method: str = "svd"
     rank: int = 512
     alpha_bar: float = 0.1
-    prompt: float = 0.0
+    prompt_strength: float = 0.0
     score: str = "cosine"
     lam: float | None = None
     preset: str = "auto"
     budget: float = 40.0
     seed: int = 0
+
+    @classmethod
+    def of(cls, method: str, rank: int, **knobs: Any) -> SolveOptions:
+        """Take the knobs that were named (not None), and refuse those of another method.
+
+        Raises
+        ------
+        SolverUsageError, UsageError
+        """
+        get(method)
+        named = {k: v for k, v in knobs.items() if v is not None}
+        for knob in named:
+            owner = next(m for m, own in KNOBS.items() if knob in own)
+            if owner != method:
+                raise UsageError(
+                    f"--{knob.replace('_', '-')} is a knob of {owner}, and the method is {method}, which "
+                    f"would ignore it. Leave it out, or use --method {owner}."
+                )
+        return cls(method=method, rank=rank, **named)
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,11 @@ def fit(
             {"rank": rank} if "rank" in getattr(method, "__dataclass_fields__", {}) else {}
         )
         if options.method == "analytic":
-            knobs |= {"alpha_bar": options.alpha_bar, "prompt": options.prompt, "score": options.score}
+            knobs |= {
+                "alpha_bar": options.alpha_bar,
+                "prompt": options.prompt_strength,
+                "score": options.score,
+            }
         fitted = build(options.method, **knobs).fit(data)
     if choices:
         queries = collection.queries("validation")
@@ -147,19 +177,24 @@ def solve(
     control_set = measure.fit_controls(collection, projection.rank)
     queries = collection.queries("test")
     evaluation = measure.evaluate(collection, queries, {options.method: projection}, control_set)
-    figures = list(evaluation.figures) + solver_figures(options.method, facts)
+    figures = list(evaluation.figures) + account.solver_figures(options.method, facts)
     figures += measure.residuals(collection, projection, control_set["random subspace"], "test")
     timings = {"fit": fitted - began, "evaluate": time.perf_counter() - fitted}
     report = Report(
         kind="solve",
         title=f"W by {options.method}, rank {projection.rank}",
-        summary=summary(evaluation, facts, queries),
-        data=describe(collection, queries),
-        settings={**options.__dict__, **dict(projection.knobs), "out": str(out)},
+        summary=account.summary(evaluation, facts, queries),
+        data=account.describe(collection, queries),
+        settings={
+            "method": options.method,
+            "requested rank": options.rank,
+            **dict(projection.knobs),
+            "out": str(out),
+        },
         reproduce=[command] if command else [],
         figures=figures,
-        curves=solver_curves(options.method, facts, choices),
-        caveats=caveats(collection, queries, facts),
+        curves=account.solver_curves(options.method, facts, choices),
+        caveats=account.caveats(collection, queries, facts),
         timings=timings,
         **results.stamp(),
     )
@@ -191,11 +226,11 @@ def evaluate(
         kind="evaluation",
         title=f"{name} on {asked.group}",
         summary=evaluation.verdicts,
-        data=describe(gallery, asked),
+        data=account.describe(gallery, asked),
         settings={"projection": str(projection), "method": W.method, **dict(W.knobs)},
         reproduce=[command] if command else [],
         figures=evaluation.figures,
-        caveats=caveats(gallery, asked, {}),
+        caveats=account.caveats(gallery, asked, {}),
         timings={"evaluate": time.perf_counter() - began},
         **results.stamp(),
     )
@@ -333,101 +368,3 @@ def _in_memory(collection: Collection, rows: Any) -> Any:
             "streams."
         )
     return collection.read(rows)
-
-
-def solver_figures(method: str, facts: dict[str, Any]) -> list[Figure]:
-    """Return rank, cutoff and extreme singular values of T as figures."""
-    out = []
-    names = {
-        "numerical_rank": "numerical rank of T",
-        "cutoff": "cutoff for zero",
-        "sigma_max": "largest singular value of T",
-        "sigma_min": "smallest singular value of T",
-        "n_pairs": "training pairs",
-        "effective_rank": "rank of W",
-    }
-    for key, name in names.items():
-        value = facts.get(key)
-        if value is not None:
-            note = f"decided by {facts['decided_by']}" if key in ("numerical_rank", "cutoff") else ""
-            out.append(Figure(name, float(value), method, "note", note=note))
-    return out
-
-
-def solver_curves(method: str, facts: dict[str, Any], choices: list[dict[str, Any]]) -> list[Curve]:
-    """Return CosFace's course of training, or gnull's validation mAP over λ, as curves."""
-    history = facts.get("history")
-    if history:
-        seen = [h for h in history if h["loss"] is not None]
-        out = [
-            Curve(
-                "CosFace: loss", "loss", [h["step"] for h in seen], [h["loss"] for h in seen], "step", "loss"
-            )
-        ]
-        judged = [h for h in history if h["map"] is not None]
-        if judged:
-            x, y = [h["step"] for h in judged], [100 * h["map"] for h in judged]
-            out.append(Curve("CosFace: validation mAP", "mAP", x, y, "step", "validation mAP, %"))
-        return out
-    if method == "gnull" and choices:
-        x = [c["knobs"]["lam"] for c in choices]
-        y = [100 * c["map"] for c in choices]
-        return [
-            Curve(
-                "gnull: validation mAP by λ", "gnull", x, y, "λ (mean diagonal of Σt)", "mAP, %", x_log=True
-            )
-        ]
-    return []
-
-
-def summary(evaluation: measure.Evaluation, facts: dict[str, Any], queries: Queries) -> list[str]:
-    """Return the plain sentences that head a solve's report."""
-    out = list(evaluation.verdicts)
-    if not out:
-        out.append(
-            f"Not measured: the store has {len(queries.rows)} queries in its test split (one identity in "
-            "ten, by hash). W was written; measure it on attacked or translated pictures with "
-            "latentstore evaluate."
-        )
-    if facts.get("statement"):
-        out.append(str(facts["statement"]))
-    return out
-
-
-def describe(collection: Collection, queries: Queries) -> dict[str, Any]:
-    """Return what the figures were measured on."""
-    store = collection.store
-    return {
-        "store": str(store.root),
-        "encoder": store.provenance.get("encoder", {}).get("name", ""),
-        "space": store.space.id,
-        "dim": store.layout.dim,
-        "rows": len(store),
-        "gallery": len(collection.gallery),
-        "training pairs": len(collection.pairs("train")[1]),
-        "test queries": len(queries.rows),
-        "test photos": len(set(queries.collection.group[queries.rows].tolist())),
-        "queries": queries.group,
-    }
-
-
-def caveats(collection: Collection, queries: Queries, facts: dict[str, Any]) -> list[str]:
-    """Return what the figures can not say."""
-    out = []
-    if queries.group.startswith("oracle"):
-        out.append(
-            "The queries come from the analytic diffusion, which draws exactly the translations that the "
-            "analytic map assumes: an oracle, not an accuracy on real translations."
-        )
-    if 0 < len(collection.gallery) < 2000:
-        out.append(
-            f"The gallery has {len(collection.gallery)} images; origins are much easier to find among few "
-            "than among millions."
-        )
-    if facts.get("path") in ("dual (n x n)", "span"):
-        out.append(
-            "There are fewer training rows than dimensions, so part of the solution is arithmetic, not "
-            "learned."
-        )
-    out.append("PCA-whitening and the analytic map read the gallery's covariance, without labels.")
-    return out

@@ -32,10 +32,10 @@ def run_encode(
     *,
     encoder: str | None = None,
     manifest: Path | None = None,
-    image_size: int = 256,
-    posterior: Posterior = "mean",
-    seed: int = 0,
-    dtype: str = "float16",
+    image_size: int | None = None,
+    posterior: Posterior | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
     shard_rows: int | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -45,33 +45,56 @@ def run_encode(
     on_start: OnStart | None = None,
     on_rows: OnRows | None = None,
 ) -> EncodeSummary:
-    """Encode a folder or manifest into a store; an existing store goes on with its own encoder."""
+    """Encode a folder or manifest into a store.
+
+    An existing store goes on with its own settings; any other that is named is refused.
+
+    Raises
+    ------
+    UsageError
+        Another dtype or shard size than the existing store's.
+    SpaceMismatchError
+        Another encoder, image size, posterior or seed than the existing store's.
+    """
+    # Listed before a model is loaded, so that a wrong path is told at once.
     source = Source.of(folder, manifest, follow_links=follow_links)
-    if exists(store) and encoder is None:
-        present = open_store(store)
-        loaded = encoders.load_for(present.space, present.provenance["encoder"], device=device)
+    source.list()
+    present = open_store(store) if exists(store) else None
+    if present is None:
+        name, space = encoder or encoders.DEFAULT, None
     else:
-        # Listed before a model is loaded, so that a wrong path is told at once.
-        source.list()
-        loaded = encoders.load_encoder(
-            encoder or encoders.DEFAULT,
-            image_size=image_size,
-            posterior=posterior,
-            seed=seed,
-            device=device,
-            revision=revision,
-        )
+        _same_layout(present, dtype, shard_rows)
+        facts, space = present.provenance["encoder"], present.space
+        name, revision = encoder or str(facts["name"]), revision or facts.get("revision")
+    loaded = encoders.load_encoder(
+        name,
+        image_size=image_size or (space.image_size if space else 256),
+        posterior=posterior or (space.posterior if space else "mean"),
+        seed=seed if seed is not None else (space.seed or 0 if space else 0),
+        device=device,
+        revision=revision,
+    )
     return encode(
         source,
         store,
         loaded,
-        dtype=dtype,
+        dtype=dtype or "float16",
         shard_rows=shard_rows,
         max_pixels=max_pixels,
         threads=threads,
         on_start=on_start,
         on_rows=on_rows,
     )
+
+
+def _same_layout(present: LatentStore, dtype: str | None, shard_rows: int | None) -> None:
+    layout = present.layout
+    for name, asked, has in (("dtype", dtype, layout.dtype), ("shard-rows", shard_rows, layout.shard_rows)):
+        if asked not in (None, has):
+            raise UsageError(
+                f"--{name} is {asked}, but {present.root} was made with {has}; it is settled when a store is "
+                f"made. Leave --{name} out to go on, or choose another --store."
+            )
 
 
 def run_simulate(
@@ -143,14 +166,15 @@ def run_match(
     given = None if projection is None else load_projection(projection)
     collection = Collection.open(store)
     collection.require_gallery()
-    W, name, made = (given, str(projection), False) if given is not None else own_projection(collection)
-    W.check_space(collection.store.space.id)
+    if given is not None:
+        given.check_space(collection.store.space.id)
     present = collection.store
     encoder = encoders.load_for(present.space, present.provenance["encoder"], device=device)
     names, latents, unreadable = encode_files(files, encoder)
     if not names:
         listed = "; ".join(f"{n}: {why}" for n, why in unreadable[:3])
         raise UsageError(f"None of the {len(files)} queries can be read ({listed}).")
+    W, name, made = (given, str(projection), False) if given is not None else own_projection(collection)
     scores, rows = search.top_k(
         np.asarray(W.queries(latents)),
         (

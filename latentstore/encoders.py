@@ -286,7 +286,7 @@ def _load_autoencoder(name: str, revision: str | None) -> Any:
     import diffusers
 
     subfolder, config = _find_config(name, revision)
-    kind = config.get("_class_name")
+    kind = config.get("_class_name") if isinstance(config, Mapping) else None
     if kind not in _CLASSES:
         raise EncoderError(
             f"{name} holds a {kind or 'model of unknown class'}; latentstore encodes with "
@@ -294,11 +294,18 @@ def _load_autoencoder(name: str, revision: str | None) -> Any:
         )
     try:
         # use_safetensors: a pickled checkpoint could run code.
-        return getattr(diffusers, kind).from_pretrained(
-            name, subfolder=subfolder, revision=revision, use_safetensors=True
+        model, info = getattr(diffusers, kind).from_pretrained(
+            name, subfolder=subfolder, revision=revision, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         raise EncoderError(f"The {kind} in {name} cannot be loaded: {_first_line(exc)}") from exc
+    if info["missing_keys"]:
+        # diffusers would fill them with random numbers.
+        raise EncoderError(
+            f"The {kind} in {name} lacks {len(info['missing_keys'])} of its weights "
+            f"({min(info['missing_keys'])}, for one). Fetch the checkpoint again."
+        )
+    return model
 
 
 def _find_config(name: str, revision: str | None) -> tuple[str | None, Mapping[str, Any]]:

@@ -1,0 +1,52 @@
+# make demo: install what the demo needs and run it.   make test: install and run every test.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help demo test lint format bench browser clean
+
+help:
+	@echo "make demo    the whole way on real photographs; prints where its page is"
+	@echo "make test    install everything and run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the benchmarks; results go to benchmarks/results"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[cpu,demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[cpu,demo,dev]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/latentstore demo
+
+test: $(VENV)/.dev browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.cli_start
+
+# The report is tested in a real browser. Where none is installed and none may be, that test is skipped.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get update -qq; apt-get install -qq -y chromium >/dev/null; }; } || \
+	  echo "Chromium is not installed: the browser test will be skipped."
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,107 @@
+"""The words and figures that account for a solve: what T was, what was measured on, what it cannot say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cli.collection import Collection, Queries
+from cli.measure import Evaluation
+from latentstore.results import Curve, Figure
+
+
+def solver_figures(method: str, facts: dict[str, Any]) -> list[Figure]:
+    """Return rank, cutoff and extreme singular values of T as figures."""
+    out = []
+    names = {
+        "numerical_rank": "numerical rank of T",
+        "cutoff": "cutoff for zero",
+        "sigma_max": "largest singular value of T",
+        "sigma_min": "smallest singular value of T",
+        "n_pairs": "training pairs",
+        "effective_rank": "rank of W",
+    }
+    for key, name in names.items():
+        value = facts.get(key)
+        if value is not None:
+            note = f"decided by {facts['decided_by']}" if key in ("numerical_rank", "cutoff") else ""
+            out.append(Figure(name, float(value), method, "note", note=note))
+    return out
+
+
+def solver_curves(method: str, facts: dict[str, Any], choices: list[dict[str, Any]]) -> list[Curve]:
+    """Return CosFace's course of training, or gnull's validation mAP over λ, as curves."""
+    history = facts.get("history")
+    if history:
+        seen = [h for h in history if h["loss"] is not None]
+        out = [
+            Curve(
+                "CosFace: loss", "loss", [h["step"] for h in seen], [h["loss"] for h in seen], "step", "loss"
+            )
+        ]
+        judged = [h for h in history if h["map"] is not None]
+        if judged:
+            x, y = [h["step"] for h in judged], [100 * h["map"] for h in judged]
+            out.append(Curve("CosFace: validation mAP", "mAP", x, y, "step", "validation mAP, %"))
+        return out
+    if method == "gnull" and choices:
+        x = [c["knobs"]["lam"] for c in choices]
+        y = [100 * c["map"] for c in choices]
+        return [
+            Curve(
+                "gnull: validation mAP by λ", "gnull", x, y, "λ (mean diagonal of Σt)", "mAP, %", x_log=True
+            )
+        ]
+    return []
+
+
+def summary(evaluation: Evaluation, facts: dict[str, Any], queries: Queries) -> list[str]:
+    """Return the plain sentences that head a solve's report."""
+    out = list(evaluation.verdicts)
+    if not out:
+        out.append(
+            f"Not measured: the store has {len(queries.rows)} queries in its test split (one identity in "
+            "ten, by hash). W was written; measure it on attacked or translated pictures with "
+            "latentstore evaluate."
+        )
+    if facts.get("statement"):
+        out.append(str(facts["statement"]))
+    return out
+
+
+def describe(collection: Collection, queries: Queries) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    store = collection.store
+    return {
+        "store": str(store.root),
+        "encoder": store.provenance.get("encoder", {}).get("name", ""),
+        "space": store.space.id,
+        "dim": store.layout.dim,
+        "rows": len(store),
+        "gallery": len(collection.gallery),
+        "training pairs": len(collection.pairs("train")[1]),
+        "test queries": len(queries.rows),
+        "test photos": len(set(queries.collection.group[queries.rows].tolist())),
+        "queries": queries.group,
+    }
+
+
+def caveats(collection: Collection, queries: Queries, facts: dict[str, Any]) -> list[str]:
+    """Return what the figures can not say."""
+    out = []
+    if queries.group.startswith("oracle"):
+        out.append(
+            "The queries come from the analytic diffusion, which draws exactly the translations that the "
+            "analytic map assumes: an oracle, not an accuracy on real translations."
+        )
+    if 0 < len(collection.gallery) < 2000:
+        out.append(
+            f"The gallery has {len(collection.gallery)} images; origins are much easier to find among few "
+            "than among millions."
+        )
+    if facts.get("path") in ("dual (n x n)", "span"):
+        out.append(
+            "There are fewer training rows than dimensions, so part of the solution is arithmetic, not "
+            "learned."
+        )
+    out.append("PCA-whitening and the analytic map read the gallery's covariance, without labels.")
+    return out

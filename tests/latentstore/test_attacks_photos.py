@@ -1,0 +1,139 @@
+"""Attacks on pixels, and the tiles of the demo's photographs."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+from store_worlds import encode_patch, picture
+
+from latentstore.attacks import crop, jpeg
+from latentstore.encode import Source
+from latentstore.errors import MissingExtraError, UsageError
+from latentstore.photos import bundled, tiles, write_tiles
+from latentstore.store import open_store
+
+
+def array(image):
+    return np.asarray(image).astype(int)
+
+
+IMAGE = picture(1, 100, 60)
+
+
+@pytest.mark.parametrize("quality", [1, 30, 95])
+def test_jpeg(quality):
+    attack = jpeg(quality)
+    assert attack.name == f"JPEG {quality}"
+    out = attack(IMAGE, 0)
+    assert (out.mode, out.size) == ("RGB", IMAGE.size)
+    np.testing.assert_array_equal(array(out), array(attack(IMAGE, 99)))  # there is nothing to draw
+
+
+def test_worse_jpeg_is_worse():
+    losses = [np.abs(array(jpeg(q)(IMAGE, 0)) - array(IMAGE)).mean() for q in (5, 30, 95)]
+    assert losses[0] > losses[1] > losses[2] > 0
+
+
+@pytest.mark.parametrize("quality", [0, -1, 96, 100])
+def test_jpeg_bounds(quality):
+    with pytest.raises(UsageError, match="from 1 to 95"):
+        jpeg(quality)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.875, 0.999])
+def test_crop(keep):
+    attack = crop(keep)
+    places = set()
+    for seed in range(20):
+        out = attack(IMAGE, seed)
+        assert out.size == (round(100 * keep), round(60 * keep))
+        np.testing.assert_array_equal(array(out), array(attack(IMAGE, seed)))
+        # It is a part of the picture, moved but not changed.
+        windows = np.lib.stride_tricks.sliding_window_view(array(IMAGE), (*out.size[::-1], 3))[:, :, 0]
+        where = np.argwhere((windows == array(out)).all(axis=(2, 3, 4)))
+        assert len(where) >= 1
+        places.add(tuple(where[0]))
+    assert (len(places) > 3) is (keep < 0.9)
+
+
+def test_crop_of_one_pixel():
+    assert crop(0.1)(Image.new("RGB", (1, 3)), 0).size == (1, 1)
+
+
+@pytest.mark.parametrize("keep", [0, 1, -0.5, 1.5])
+def test_crop_bounds(keep):
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        crop(keep)
+
+
+# --- photos ------------------------------------------------------------------------------------------
+
+
+def noisy(seed, width, height):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_tiles_are_the_photo_in_pieces(tmp_path):
+    photo = noisy(1, 100, 70)
+    photo.paste((9, 9, 9), (32, 0, 64, 32))  # a blank tile
+    photo.save(tmp_path / "photo.png")
+    found = dict(tiles(tmp_path / "photo.png", 32))
+    assert sorted(found) == [
+        f"photo-{y:02d}-{x:02d}.png" for y in (0, 1) for x in (0, 1, 2) if (y, x) != (0, 1)
+    ]
+    for name, tile in found.items():
+        y, x = (32 * int(part) for part in name.removesuffix(".png").split("-")[1:])
+        assert tile.size == (32, 32)
+        np.testing.assert_array_equal(array(tile), array(photo)[y : y + 32, x : x + 32])
+
+
+def test_no_photo_is_in_two_splits(tmp_path):
+    photos = []
+    for i in range(10):
+        noisy(i, 300, 260).save(tmp_path / f"p{i}.png")
+        photos.append(tmp_path / f"p{i}.png")
+    listed = write_tiles(tmp_path / "tiles", photos, limit_per_photo=3)
+    again = write_tiles(tmp_path / "again", photos[::-1], limit_per_photo=3)
+    with listed.open(encoding="utf-8") as a, again.open(encoding="utf-8") as b:
+        rows = list(csv.DictReader(a))
+        assert sorted(map(str, rows)) == sorted(map(str, csv.DictReader(b)))  # whatever the order
+    split = {}
+    for row in rows:
+        assert split.setdefault(row["group"], row["split"]) == row["split"]
+        assert row["path"].startswith(row["group"])
+    sides = list(split.values())
+    assert {s: sides.count(s) for s in sides} == {"train": 6, "validation": 2, "test": 2}
+    assert len(rows) == 30
+    encode_patch(None, tmp_path / "s.zarr", source=Source.of(None, listed))
+    table = open_store(tmp_path / "s.zarr").manifest()
+    assert table["split"].to_pylist() == [split[g] for g in table["group"].to_pylist()]
+    assert open_store(tmp_path / "s.zarr").counts() == {"ok": 30}
+
+
+def test_bundled_photos(tmp_path):
+    pytest.importorskip("skimage")
+    photos = bundled()
+    assert len(photos) >= 5
+    assert len({p.stem for p in photos}) == len(photos)  # stems are groups
+    listed = write_tiles(tmp_path / "tiles", photos, limit_per_photo=2)
+    with listed.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["split"] for r in rows} == {"train", "validation", "test"}
+    by_group = {r["group"]: set() for r in rows}
+    for r in rows:
+        by_group[r["group"]].add(r["split"])
+        with Image.open(tmp_path / "tiles" / r["path"]) as tile:
+            assert tile.size == (128, 128)
+    assert all(len(s) == 1 for s in by_group.values())
+
+
+def test_without_the_packages_the_pip_line_is_said(monkeypatch):
+    from latentstore import photos
+
+    monkeypatch.setattr(photos, "PHOTOS", {"no_such_package/data": ("a.png",)})
+    with pytest.raises(MissingExtraError, match="pip install"):
+        photos.bundled()
