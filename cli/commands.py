@@ -231,6 +231,10 @@ def simulate(
     prompt_strength: Annotated[float, typer.Option(help="How far a prompt moves the prior's mean.")] = 0.3,
     mode: Annotated[Mode, typer.Option(help="A draw, or Lemma 1's one-step mean.")] = Mode.sample,
     per_origin: Annotated[int, typer.Option(help="Translations of each origin.")] = 1,
+    prior: Annotated[
+        Path | None,
+        typer.Option(help="Store whose training split the prior is fitted on.", show_default="--store"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise, drawn per row.")] = 0,
     json_: Json = False,
 ) -> None:
@@ -247,7 +251,9 @@ def simulate(
 
     diffusion = Diffusion(alpha_bar, prompt_strength, mode.value, seed)
     with render.progress("simulate", "rows", quiet=json_) as (on_start, on_rows):
-        made = run_simulate(store, out, diffusion, per_origin=per_origin, on_start=on_start, on_rows=on_rows)
+        made = run_simulate(
+            store, out, diffusion, prior=prior, per_origin=per_origin, on_start=on_start, on_rows=on_rows
+        )
     facts = {"store": str(out), "rows": len(made), "model": diffusion.name, "counts": made.counts()}
     render.emit(facts) if json_ else render.say(
         f"{out}: {len(made):,} rows, {len(made) // (1 + per_origin):,} origins with {per_origin} simulated "

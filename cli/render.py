@@ -191,6 +191,7 @@ def encode_summary(summary: EncodeSummary) -> str:
         lines.append(f"  {summary.appended:,} of them are new files, appended behind the others")
     bad = {k: v for k, v in summary.counts.items() if k != "ok"}
     lines.append(f"  {summary.counts.get('ok', 0):,} ok" + "".join(f", {v:,} {k}" for k, v in bad.items()))
+    lines += [f"  Warning: {w}; rows encoded now may differ in their last bits" for w in summary.warnings]
     lines += [f"    {printable(path)}: {status}: {reason}" for path, status, reason in summary.bad]
     more = sum(bad.values()) - len(summary.bad)
     if summary.bad and more > 0:

@@ -16,7 +16,7 @@ from latentstore.encode import EncodeSummary, Source, encode
 from latentstore.errors import ImageError, StoreWriteError, UsageError
 from latentstore.manifest import list_folder
 from latentstore.results import Candidate, Match
-from latentstore.schema import Posterior
+from latentstore.schema import Posterior, check_space
 from latentstore.simulate import Diffusion, GaussianPrior, simulate
 from latentstore.store import LatentStore, exists, open_store
 from solvers.projection import Projection
@@ -102,25 +102,40 @@ def run_simulate(
     out: Path,
     diffusion: Diffusion,
     *,
+    prior: Path | None = None,
     per_origin: int = 1,
     on_start: OnStart | None = None,
     on_rows: OnRows | None = None,
 ) -> LatentStore:
-    """Fit the prior on the training split alone and write a store of simulated pairs."""
+    """Fit the prior on a training split alone and write a store of simulated pairs.
+
+    Parameters
+    ----------
+    prior : Path, optional
+        The store whose training split the prior is fitted on; by default ``store`` itself.
+    """
     collection = Collection.open(store)
     collection.require_gallery()
     if store.absolute() == out.absolute():
         raise UsageError(f"--store and --out are both {out}; simulated latents go into a store of their own.")
-    rows = collection.gallery[collection.split[collection.gallery] == "train"]
+    fitted_on = collection if prior is None else Collection.open(prior)
+    check_space(fitted_on.store.space.id, collection.store.space.id, what=f"--prior {fitted_on.store.root}")
+    rows = fitted_on.gallery[fitted_on.split[fitted_on.gallery] == "train"]
     if len(rows) < 2:
         raise UsageError(
-            f"{store} has {len(rows)} valid images in its training split (8 identities in 10, by hash); the "
-            "simulator fits its prior on at least 2. Encode more images."
+            f"{fitted_on.store.root} has {len(rows)} valid images in its training split (8 identities in 10, "
+            "by hash); the simulator fits its prior on at least 2. Encode more images."
         )
-    spectrum = fit_spectrum(_Blocks(collection, rows), collection.store.layout.dim, len(rows))
-    prior = GaussianPrior.from_spectrum(spectrum.mean, spectrum.values, spectrum.vectors)
+    spectrum = fit_spectrum(_Blocks(fitted_on, rows), fitted_on.store.layout.dim, len(rows))
     return simulate(
-        collection.store, out, prior, diffusion, per_origin=per_origin, on_start=on_start, on_rows=on_rows
+        collection.store,
+        out,
+        GaussianPrior.from_spectrum(spectrum.mean, spectrum.values, spectrum.vectors),
+        diffusion,
+        prior_id=fitted_on.data_hash,
+        per_origin=per_origin,
+        on_start=on_start,
+        on_rows=on_rows,
     )
 
 

@@ -6,7 +6,7 @@ import os
 import time
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -88,6 +88,8 @@ class EncodeSummary:
         ``total``, and the main thread's shares ``wait`` (for reading and decoding), ``encode``, ``write``.
     bad : list of (path, status, reason)
         The first bad rows of this run, at most 20.
+    warnings : list of str
+        What differs in provenance (versions, device, dtype) from the run that made the store.
     """
 
     store: str
@@ -97,6 +99,7 @@ class EncodeSummary:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     bad: list[tuple[str, str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -186,6 +189,8 @@ def encode(
             store = store.extend(new)
             summary.appended = new.num_rows if len(store) > new.num_rows else 0
         todo = store.todo()
+        if todo:
+            summary.warnings = provenance_changes(store.provenance.get("encoder", {}), encoder.facts)
         if on_start is not None:
             on_start(sum(_missing_rows(store, s) for s in todo), len(store))
         times: dict[str, float] = defaultdict(float)
@@ -202,6 +207,17 @@ def encode(
     summary.counts = store.counts()
     summary.seconds = {"total": time.perf_counter() - began, **times}
     return summary
+
+
+def provenance_changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say what differs between two encoders of one space; it may move last bits, and is only warned about."""
+    out = []
+    for key in ("dtype", "device"):
+        if key in recorded and recorded[key] != now.get(key):
+            out.append(f"{key} was {recorded[key]}, now {now.get(key)}")
+    before, after = recorded.get("versions", {}), now.get("versions", {})
+    out += [f"{k} was {v}, now {after.get(k)}" for k, v in before.items() if after.get(k) != v]
+    return out
 
 
 def _missing_rows(store: LatentStore, shard: int) -> int:

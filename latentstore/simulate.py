@@ -179,6 +179,7 @@ def simulate(
     prior: GaussianPrior,
     diffusion: Diffusion,
     *,
+    prior_id: str = "",
     per_origin: int = 1,
     on_start: Callable[[int, int], None] | None = None,
     on_rows: Callable[[int, int], None] | None = None,
@@ -187,6 +188,18 @@ def simulate(
 
     Origins and references of the source become origins here, each followed by ``per_origin``
     translations. Running it again resumes it.
+
+    Parameters
+    ----------
+    source : LatentStore
+    out : Path
+    prior : GaussianPrior
+    diffusion : Diffusion
+    prior_id : str
+        Names what the prior was fitted on; recorded, and compared when a run is resumed.
+    per_origin : int
+    on_start, on_rows : callable, optional
+        Called with (rows to write, rows of the store), and with (rows, bad rows) after each batch.
 
     Raises
     ------
@@ -199,6 +212,7 @@ def simulate(
     settings = {
         "store": str(source.root.absolute()),
         "data_hash": source.data_hash(),
+        "prior": prior_id,
         "per_origin": per_origin,
         **asdict(diffusion),
     }
