@@ -140,37 +140,34 @@ def translate(
 
     Notes
     -----
-    In the prior's eigenbasis, with eigenvalue e and prompt mean m:
-    z_t = √ᾱ z₀ + √(1−ᾱ) ε, E[z₀ | z_t] = m + √ᾱ e/(ᾱe + 1 − ᾱ) · (z_t − √ᾱ m),
-    var[z₀ | z_t] = e(1 − ᾱ)/(ᾱe + 1 − ᾱ).
+    In the prior's eigenbasis, with eigenvalue e and prompt mean m ~ N(0, p² e):
+    z_t = √ᾱ z₀ + √(1−ᾱ) ε, E[z₀ | z_t] = m + h (z_t − √ᾱ m) with h = √ᾱ e/(ᾱe + 1 − ᾱ),
+    var[z₀ | z_t] = e(1 − ᾱ)/(ᾱe + 1 − ᾱ). Noise, draw and prompt are independent Gaussians, so the
+    translation is one: g ~ N(a z₀, h²(1 − ᾱ) + var[z₀ | z_t] + (1 − a)² p² e), with a = √ᾱ h.
     """
-    ab = diffusion.alpha_bar
+    d = len(prior.mean)
     x = (np.asarray(latents, np.float64) - prior.mean) / np.sqrt(prior.scale)
-    d = x.shape[1]
-    eps, draw, topic = (
-        np.stack([row_noise(diffusion.seed, int(r), d, stream=k) for r in rows]).astype(np.float64)
-        for k in (1, 2, 3)
-    )
-    out = np.zeros_like(x)
+    noise = np.stack([row_noise(diffusion.seed, int(r), d, stream=1) for r in rows]).astype(np.float64)
+    a, deviation = _transfer(prior.values, diffusion)
     # Directions outside the eigenvectors share one eigenvalue, so they need no basis of their own.
-    for values, onto in ((prior.values, True), (prior.rest, False)):
-        x_, eps_, draw_, topic_ = (_split(v, prior.vectors, onto=onto) for v in (x, eps, draw, topic))
-        mean = diffusion.prompt * np.sqrt(values) * topic_
-        noisy = np.sqrt(ab) * x_ + np.sqrt(1 - ab) * eps_
-        total = ab * values + 1 - ab
-        estimate = mean + np.sqrt(ab) * values / total * (noisy - np.sqrt(ab) * mean)
-        if diffusion.mode == "sample":
-            estimate = estimate + np.sqrt(values * (1 - ab) / total) * draw_
-        out += estimate @ prior.vectors.T if onto else estimate
+    rest_a, rest_deviation = _transfer(np.array(prior.rest), diffusion)
+    inside = (a - rest_a) * (x @ prior.vectors) + (deviation - rest_deviation) * (noise @ prior.vectors)
+    out = rest_a * x + rest_deviation * noise + inside @ prior.vectors.T
     return prior.mean + np.sqrt(prior.scale) * out
 
 
-def _split(
-    x: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], *, onto: bool
-) -> npt.NDArray[np.float64]:
-    """Return coordinates on ``vectors`` (b, r), or what is left of x outside them (b, d)."""
-    coordinates = x @ vectors
-    return coordinates if onto else x - coordinates @ vectors.T
+def _transfer(
+    e: npt.NDArray[np.float64], diffusion: Diffusion
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return (a, √s) of g ~ N(a z₀, s) for directions of eigenvalue e."""
+    ab = diffusion.alpha_bar
+    total = ab * e + 1 - ab
+    h = np.sqrt(ab) * e / total
+    a = np.sqrt(ab) * h
+    s = h**2 * (1 - ab) + (1 - a) ** 2 * diffusion.prompt**2 * e
+    if diffusion.mode == "sample":
+        s = s + e * (1 - ab) / total
+    return a, np.sqrt(s)
 
 
 def simulate(

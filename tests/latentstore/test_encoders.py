@@ -116,12 +116,8 @@ def test_the_image_size_is_part_of_the_space(photos, undisturbed):
 def test_row_noise():
     a = row_noise(1, 2, 5000)
     np.testing.assert_array_equal(a, row_noise(1, 2, 5000))
-    others = [
-        row_noise(2, 1, 5000),
-        row_noise(1, 3, 5000),
-        row_noise(1, 2, 5000, stream=1),
-        row_noise(2, 2, 5000),
-    ]
+    keys = [(2, 1, 0), (1, 3, 0), (1, 2, 1), (2, 2, 0), *((1, 2 + 2**k, 0) for k in range(1, 33))]
+    others = [row_noise(seed, row, 5000, stream=stream) for seed, row, stream in keys]
     for other in others:
         # Independent normals: 5 standard deviations of a correlation.
         assert abs(np.corrcoef(a, other)[0, 1]) < 5 / np.sqrt(5000)
@@ -234,16 +230,16 @@ def test_a_store_finds_its_encoder_again(kl, tmp_path):
 
 
 def test_samples_are_seeded_by_row(kl):
-    x = np.repeat(pictures(1), 16, axis=0)
-    rows = np.arange(100, 116)
+    x = np.repeat(pictures(1), 6, axis=0)
+    rows = np.arange(100, 106)
     sample = load(kl, posterior="sample", seed=5)
     mean = load(kl)
     a = sample.encode(x, rows)
-    order = np.random.default_rng(0).permutation(16)
+    order = np.random.default_rng(0).permutation(6)
     # Same rows, another order, other company: equal but for the last bits of the mean.
     close = {"rtol": 1e-4, "atol": 1e-5}
     np.testing.assert_allclose(sample.encode(x, rows[order]), a[order], **close)
-    np.testing.assert_allclose(sample.encode(x[:1], rows[7:8]), a[7:8], **close)
+    np.testing.assert_allclose(sample.encode(x[:1], rows[4:5]), a[4:5], **close)
     np.testing.assert_array_equal(sample.encode(x, rows), a)
     np.testing.assert_allclose(load(kl, posterior="sample", seed=5).encode(x, rows), a, **close)
     # The same picture in other rows, or with another seed, is another draw.
@@ -264,7 +260,7 @@ def test_samples_have_the_posteriors_spread(kl):
 
     sample, mean = load(kl, posterior="sample", seed=5), load(kl)
     x = np.repeat(pictures(1), 16, axis=0)
-    draws = np.concatenate([sample.encode(x, np.arange(16 * k, 16 * k + 16)) for k in range(8)])
+    draws = np.concatenate([sample.encode(x, np.arange(16 * k, 16 * k + 16)) for k in range(3)])
     with torch.inference_mode():
         unit = torch.from_numpy(x[:1]).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
         std = mean.model.encode(unit).latent_dist.std.flatten().numpy()

@@ -41,7 +41,7 @@ def coordinates(g, prior, V):
     return (g - prior.mean) / np.sqrt(prior.scale) @ V
 
 
-def draw(prior, diffusion, n=20_000, seed=3):
+def draw(prior, diffusion, n=8_000, seed=3):
     """Translations of one origin, and the origin, in eigen-coordinates."""
     V, e = full_basis(prior)
     o = np.random.default_rng(seed).standard_normal(D) * 1.5
@@ -94,9 +94,9 @@ def test_the_mean_moves_with_the_origin_as_the_dense_formula_says(prior):
 def test_origins_of_the_prior_keep_its_law(prior):
     """A draw of p(z0 | zt) for an origin of the prior is a draw of the prior."""
     V, e = full_basis(prior)
-    z = np.random.default_rng(5).standard_normal((20_000, D)) * np.sqrt(e)
+    z = np.random.default_rng(5).standard_normal((8_000, D)) * np.sqrt(e)
     latents = prior.mean + np.sqrt(prior.scale) * z @ V.T
-    g = translate(latents, prior, Diffusion(alpha_bar=0.3, prompt=0.0), np.arange(20_000))
+    g = translate(latents, prior, Diffusion(alpha_bar=0.3, prompt=0.0), np.arange(8_000))
     assert_gaussian(coordinates(g, prior, V), 0, e)
 
 

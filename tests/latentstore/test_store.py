@@ -391,20 +391,40 @@ def test_write_atomic_replaces_or_keeps(tmp_path):
     assert (tmp_path / "folder" / "file").is_dir()
 
 
-def test_a_growth_killed_between_the_two_arrays_is_finished(tmp_path):
+@pytest.mark.parametrize("resized", [0, 1])
+def test_a_growth_that_stops_halfway_is_finished(tmp_path, monkeypatch, resized):
     store = make_store(tmp_path / "s.zarr", numbers(100))
-    more = rows_of(50, path=[f"x{i}.png" for i in range(50)])
+    resize, calls = zarr.Array.resize, []
+
+    def stopping(self, shape):
+        if len(calls) == resized:
+            raise KeyboardInterrupt
+        calls.append(shape)
+        resize(self, shape)
+
+    with monkeypatch.context() as patch, writing(store.root):
+        patch.setattr(zarr.Array, "resize", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            store.extend(rows_of(50, path=[f"x{i}.png" for i in range(50)]))
     with writing(store.root):
-        grown = store.extend(more)
+        grown = settle(open_store(store.root))
     assert len(grown) == 150
-    for name in ("status", "latents"):
-        # As if killed before that array was resized; whichever it was, both must end at 150.
-        zarr.open_array(store.root / name, mode="r+").resize((100,) if name == "status" else (100, 24))
-        if name == "status":
-            zarr.open_array(store.root / "latents", mode="r+").resize((100, 24))
-        settle(open_store(store.root))
-        group = zarr.open_group(store.root, mode="r")
-        assert (group["latents"].shape, group["status"].shape) == ((150, 24), (150,))
+    group = zarr.open_group(store.root, mode="r")
+    assert (group["latents"].shape, group["status"].shape) == ((150, 24), (150,))
+
+
+@pytest.mark.parametrize("obstacle", ["latents/c/0/0", "status/c/0", "manifest/part-000000-84.parquet"])
+def test_the_record_comes_last(tmp_path, obstacle):
+    """Whichever file cannot be put in place, there is no record that says it was."""
+    store = fresh(tmp_path)
+    (store.root / obstacle / "in the way").mkdir(parents=True)
+    with pytest.raises(StoreWriteError, match="Could not write"):
+        write_shard(store, 0, numbers(100), np.full(100, OK, np.uint8), rows_of(100))
+    assert done_shards(store.root) == set()
+    assert partials(store.root) == []
+    shutil.rmtree(store.root / obstacle)
+    write_shard(store, 0, numbers(100), np.full(100, OK, np.uint8), rows_of(100))
+    assert store.todo() == [1]
 
 
 # --- one writer --------------------------------------------------------------------------------------
