@@ -122,7 +122,7 @@ def encode(
     ] = None,
     posterior: Annotated[PosteriorOption | None, typer.Option(help="Of a VAE.", show_default="mean")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the posterior's sample, drawn per row.", show_default="0")
+        int | None, typer.Option(help="Of the posterior's sample, drawn per row.", show_default="0", min=0)
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of a new store.", show_default="float16")] = None,
     shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard, a multiple of 84.")] = None,
@@ -196,7 +196,7 @@ def solve(
         float | None, typer.Option(help="cosface: seconds of training with --preset auto.", show_default="40")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="cosface: of weights and batches.", show_default="0")
+        int | None, typer.Option(help="cosface: of weights and batches.", show_default="0", min=0)
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -235,7 +235,7 @@ def simulate(
         Path | None,
         typer.Option(help="Store whose training split the prior is fitted on.", show_default="--store"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise, drawn per row.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise, drawn per row.", min=0)] = 0,
     json_: Json = False,
 ) -> None:
     """Draw translations of every origin by the analytic diffusion, into a store of pairs of its own.

@@ -299,11 +299,13 @@ class ShardTask:
     def _load(self, row: dict[str, Any]) -> images.Pixels | ImageError:
         name = os.fsdecode(row["path_raw"]) if row["path_raw"] is not None else row["path"]
         root = self.source.root
+        # An absolute path in a manifest is meant; a relative one stays in the folder.
+        anywhere = self.source.follow_links or Path(name).is_absolute()
         try:
             return images.load(
                 root / name,
                 self.encoder.space.image_size,
-                root=None if self.source.follow_links else root,
+                root=None if anywhere else root,
                 max_pixels=self.max_pixels,
             )
         except ImageError as exc:

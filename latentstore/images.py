@@ -64,7 +64,7 @@ def read_file(path: Path, root: Path | None = None) -> FileFacts:
     ----------
     path : Path
     root : Path, optional
-        When given, a symbolic link that leads outside this folder is refused.
+        When given, a path that leads outside this folder (by a symbolic link, or by ``..``) is refused.
 
     Raises
     ------
@@ -72,8 +72,8 @@ def read_file(path: Path, root: Path | None = None) -> FileFacts:
         Status ``missing``, ``link_outside``, ``too_large`` or ``unreadable``.
     """
     try:
-        if root is not None and path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-            raise ImageError("link_outside", "a symbolic link that leads outside the image folder")
+        if root is not None and not path.resolve().is_relative_to(root.resolve()):
+            raise ImageError("link_outside", "a link, or .. in the path, leads outside the image folder")
         # Non-blocking, so that a named pipe called x.jpg cannot hang the job.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:

@@ -36,7 +36,8 @@ class Reader:
 
     Notes
     -----
-    Rows that were never written read as zeros, as in zarr; use the store's statuses to tell.
+    Rows that were never written read as zeros, as in zarr; use the store's statuses to tell. One thread at
+    a time: each thread takes a reader of its own.
     """
 
     def __init__(self, root: Path, layout: Layout) -> None:

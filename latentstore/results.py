@@ -125,8 +125,19 @@ class Report:
         return dataclasses.asdict(self)
 
     def write(self, path: Path) -> None:
-        """Write the report as JSON (NaN is refused: a figure that could not be taken is left out)."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        """Write the report as JSON.
+
+        Raises
+        ------
+        ResultsError
+            A value is not finite: a figure that could not be taken is to be left out.
+        """
+        try:
+            text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        except ValueError as exc:
+            raise ResultsError(
+                f"The results of {self.title!r} hold a value that JSON cannot: {exc}."
+            ) from exc
         path.write_text(text + "\n", encoding="utf-8")
 
     def find(self, name: str, *, subject: str | None = None, group: str | None = None) -> list[Figure]:

@@ -40,7 +40,7 @@ SPLITS = ("train", "validation", "test")
 SOURCES = ("file", "simulated", "translated")
 Posterior = Literal["mean", "sample", "deterministic"]
 
-_ORIPID = re.compile(r"^(T\d{6,})(?:_(\d+))?$")
+_ORIPID = re.compile(r"(T[0-9]{6,})(?:_([0-9]+))?")
 
 
 def canonical_json(value: Any) -> str:
@@ -59,7 +59,7 @@ def identity_and_role(path: str) -> tuple[str, str]:
     path : str
         Path relative to the input folder, with ``/``.
     """
-    found = _ORIPID.match(PurePosixPath(path).stem)
+    found = _ORIPID.fullmatch(PurePosixPath(path).stem)
     if found is None:
         return path, "reference"
     return found.group(1), "origin" if int(found.group(2) or 0) == 0 else "translation"

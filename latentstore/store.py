@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -234,6 +236,7 @@ def create(root: Path, spec: StoreSpec, inputs: pa.Table) -> LatentStore:
     check_room(root, spec.layout.total_bytes)
     with write_errors(root):
         root.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_unfinished(root)
         fresh = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
         try:
             fresh.mkdir()
@@ -282,6 +285,13 @@ def create(root: Path, spec: StoreSpec, inputs: pa.Table) -> LatentStore:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
     return LatentStore(root)
+
+
+def _sweep_unfinished(root: Path) -> None:
+    """Delete what a creation that was killed left beside the store; one under way is a second old at most."""
+    for stale in root.parent.glob(f".{glob.escape(root.name)}.*.partial"):
+        if time.time() - stale.stat().st_mtime > 3600:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def open_store(root: Path) -> LatentStore:

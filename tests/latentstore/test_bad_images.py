@@ -371,3 +371,16 @@ def test_not_finite_rows(tmp_path, dtype, bad):
     assert "not finite" in said["reason"]
     assert said["width"] == 24  # the picture itself was fine
     assert said["sha256"]
+
+
+def test_a_relative_path_stays_in_the_folder_and_an_absolute_one_is_meant(tmp_path, outside):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "linked").symlink_to(outside.parent)
+    manifest = folder / "list.csv"
+    lines = [f"linked/{outside.name}", f"../{outside.relative_to(tmp_path)}", str(outside)]
+    manifest.write_text("path\n" + "\n".join(lines) + "\n")
+    encode_patch(None, tmp_path / "s.zarr", source=Source(folder, manifest))
+    store = open_store(tmp_path / "s.zarr")
+    found = dict(zip(*(store.manifest()[c].to_pylist() for c in ("path", "status")), strict=True))
+    assert found == {lines[0]: "link_outside", lines[1]: "link_outside", lines[2]: "ok"}
