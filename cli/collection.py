@@ -118,8 +118,12 @@ class Collection:
         simulated = len(rows) > 0 and bool((self.source[rows] == "simulated").all())
         return "oracle: simulated translations" if simulated else "translations"
 
-    def pair_data(self) -> PairData:
-        """Return the training pairs, their origins and the whole gallery, as re-iterable blocks."""
+    @cached_property
+    def data(self) -> PairData:
+        """The training pairs, their origins and the whole gallery, as re-iterable blocks.
+
+        One object, so that the gallery's spectrum is computed once for every method and control.
+        """
         origins, translated = self.pairs("train")
         own = np.unique(origins)
 

@@ -213,7 +213,7 @@ def fit_controls(collection: Collection, rank: int) -> dict[str, Projection]:
     the gallery's span, where that is smaller: whitened at its full span, a small gallery has no two
     directions alike). The best of them counts.
     """
-    found = controls(collection.pair_data(), min(rank, collection.store.layout.dim))
+    found = controls(collection.data, min(rank, collection.store.layout.dim))
     own: dict[str, Projection] = {}
     for name, projection in found.items():
         # At or above the span both ranks are one control.

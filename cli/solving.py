@@ -115,7 +115,7 @@ def fit(
     rank = check_rank(options.rank, collection.store.layout.dim)
     method = get(options.method)
     collection.require_gallery()
-    data = collection.pair_data()
+    data = collection.data
     if method.needs_pairs and not data.n_pairs:
         raise NoPairsError(_no_pairs(collection, options.method))
     choices: list[dict[str, Any]] = []

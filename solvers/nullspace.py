@@ -79,12 +79,7 @@ class _Decomposition:
 
 
 def _dual(data: PairData) -> _Decomposition:
-    n, d = data.n_pairs, data.dim
-    T = np.empty((n, d))
-    at, squares = 0, 0.0
-    for t, energy in differences(data):
-        T[at : at + len(t)] = t[: n - at]
-        at, squares = at + len(t), squares + energy
+    T, squares = _stack(data)
     sigma, left = dual_gram(T)
     cutoff = difference_cutoff(data, float(sigma[0]), squares)
     keep = sigma > cutoff.value
@@ -92,15 +87,31 @@ def _dual(data: PairData) -> _Decomposition:
 
 
 def _primal(data: PairData) -> _Decomposition:
-    gram, squares = np.zeros((data.dim, data.dim)), 0.0
-    for t, energy in differences(data):
-        gram += t.T @ t
-        squares += energy
+    gram, squares = _scatter(data)
     values, vectors = np.linalg.eigh(gram)
     sigma, vectors = np.sqrt(np.clip(values[::-1], 0.0, None)), vectors[:, ::-1]
     cutoff = difference_cutoff(data, float(sigma[0]), squares)
     r = int(np.count_nonzero(sigma > cutoff.value))
     return _Decomposition(sigma, vectors[:, :r], vectors[:, r:], cutoff)
+
+
+def _stack(data: PairData) -> tuple[np.ndarray, float]:
+    """Return T (n, d) and the sum of squares of the latents behind it."""
+    T = np.empty((data.n_pairs, data.dim))
+    at, squares = 0, 0.0
+    for t, energy in differences(data):
+        T[at : at + len(t)] = t[: data.n_pairs - at]
+        at, squares = at + len(t), squares + energy
+    return T, squares
+
+
+def _scatter(data: PairData) -> tuple[np.ndarray, float]:
+    """Return the streamed Gram T'T (d, d) and the sum of squares of the latents behind it."""
+    gram, squares = np.zeros((data.dim, data.dim)), 0.0
+    for t, energy in differences(data):
+        gram += t.T @ t
+        squares += energy
+    return gram, squares
 
 
 def _null_directions(data: PairData, decomposition: _Decomposition, count: int) -> np.ndarray:
@@ -155,10 +166,15 @@ def difference_facts(data: PairData) -> dict[str, object]:
 
     Price: the n x n (or d x d) Gram of T in float64, and its eigenvalues.
     """
-    decomposition = _dual(data) if data.n_pairs < data.dim else _primal(data)
-    sigma, cutoff = decomposition.sigma, decomposition.cutoff
+    if data.n_pairs < data.dim:
+        T, squares = _stack(data)
+        gram = T @ T.T
+    else:
+        gram, squares = _scatter(data)
+    sigma = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0.0, None))
+    cutoff = difference_cutoff(data, float(sigma[0]), squares)
     return {
-        "numerical_rank": decomposition.numerical_rank,
+        "numerical_rank": int(np.count_nonzero(sigma > cutoff.value)),
         "cutoff": cutoff.value,
         "decided_by": cutoff.decided_by,
         "sigma_max": float(sigma[0]),
