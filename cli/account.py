@@ -68,7 +68,7 @@ def summary(evaluation: Evaluation, facts: dict[str, Any], queries: Queries) -> 
     return out
 
 
-def describe(collection: Collection, queries: Queries) -> dict[str, Any]:
+def describe(collection: Collection, queries: Queries, evaluation: Evaluation) -> dict[str, Any]:
     """Return what the figures were measured on."""
     store = collection.store
     return {
@@ -78,6 +78,7 @@ def describe(collection: Collection, queries: Queries) -> dict[str, Any]:
         "dim": store.layout.dim,
         "rows": len(store),
         "gallery": len(collection.gallery),
+        "references ranked": evaluation.n_references,
         "training pairs": len(collection.pairs("train")[1]),
         "test queries": len(queries.rows),
         "test photos": len(set(queries.collection.group[queries.rows].tolist())),
@@ -85,20 +86,33 @@ def describe(collection: Collection, queries: Queries) -> dict[str, Any]:
     }
 
 
-def caveats(collection: Collection, queries: Queries, facts: dict[str, Any]) -> list[str]:
+def caveats(collection: Collection, queries: Queries, evaluation: Evaluation) -> list[str]:
     """Return what the figures can not say."""
     out = []
     if queries.group.startswith("oracle"):
         out.append(
-            "The queries come from the analytic diffusion, which draws exactly the translations that the "
-            "analytic map assumes: an oracle, not an accuracy on real translations."
+            "The queries come from the analytic diffusion, the kind of translation that the analytic map "
+            "assumes: an oracle, not an accuracy on real translations."
         )
     if 0 < len(collection.gallery) < 2000:
         out.append(
             f"The gallery has {len(collection.gallery)} images; origins are much easier to find among few "
             "than among millions."
         )
-    if facts.get("path") in ("dual (n x n)", "span"):
+    if 0 < evaluation.n_references < len(collection.gallery):
+        out.append(
+            f"{evaluation.n_references} of the {len(collection.gallery)} gallery rows were ranked, drawn at "
+            "random beside all that are asked for: more would not fit in memory, and fewer make it easier."
+        )
+    if evaluation.n_without_origin:
+        out.append(f"{evaluation.n_without_origin} queries have no origin in the gallery and are left out.")
+    if evaluation.n_copies:
+        out.append(
+            f"{evaluation.n_copies} held-out queries were left out: a copy of their origin, byte for byte, "
+            "stands in a split that was fitted or chosen on."
+        )
+    n_pairs = len(collection.pairs("train")[1])
+    if 0 < n_pairs < collection.store.layout.dim:
         out.append(
             "There are fewer training rows than dimensions, so part of the solution is arithmetic, not "
             "learned."

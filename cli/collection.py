@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentstore.errors import UsageError
-from latentstore.schema import OK
+from latentstore.schema import OK, SPLITS
 from latentstore.store import LatentStore, open_store
 from solvers.data import PairData
 from solvers.projection import Projection
@@ -59,8 +59,9 @@ class Collection:
     def __init__(self, store: LatentStore) -> None:
         store.require_complete()
         self.store = store
-        table = store.manifest(["path", "identity", "group", "role", "split", "source", "model"])
-        for name in ("path", "identity", "group", "role", "split", "source", "model"):
+        names = ["path", "identity", "group", "role", "split", "source", "model", "sha256"]
+        table = store.manifest(names)
+        for name in names:
             setattr(self, name, np.asarray(table[name].to_pylist(), dtype=object))
         self.ok = store.status() == OK
 
@@ -71,6 +72,7 @@ class Collection:
     split: npt.NDArray[Any]
     source: npt.NDArray[Any]
     model: npt.NDArray[Any]
+    sha256: npt.NDArray[Any]
 
     @classmethod
     def open(cls, path: Path) -> Collection:
@@ -86,6 +88,44 @@ class Collection:
     def gallery(self) -> Rows:
         """Every valid origin and reference row, of every split."""
         return np.flatnonzero(self.ok & np.isin(self.role, ("origin", "reference")))
+
+    @cached_property
+    def _copies(self) -> dict[str, str]:
+        """Identity → the one name of all identities whose pictures are, byte for byte, the same."""
+        parent: dict[str, str] = {}
+
+        def name(identity: str) -> str:
+            while identity in parent:
+                identity = parent[identity]
+            return identity
+
+        first: dict[str, str] = {}
+        for row in self.gallery:
+            identity = self.identity[row]
+            if self.sha256[row]:
+                one, other = name(identity), name(first.setdefault(self.sha256[row], identity))
+                if one != other:
+                    parent[max(one, other)] = min(one, other)
+        return {identity: name(identity) for identity in parent}
+
+    def labels(self, identities: Any) -> npt.NDArray[Any]:
+        """Return what counts as one origin: copies of one file do, or none of them could be right."""
+        return np.array([self._copies.get(i, i) for i in identities], dtype=object)
+
+    @cached_property
+    def _earliest_split(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for label, split in zip(
+            self.labels(self.identity[self.gallery]), self.split[self.gallery], strict=True
+        ):
+            found[label] = min(found.get(label, len(SPLITS)), SPLITS.index(split))
+        return found
+
+    def is_clean(self, labels: Any, splits: Any) -> npt.NDArray[np.bool_]:
+        """Tell of which queries no copy of the origin stands in an earlier split (train, then validation)."""
+        earliest = self._earliest_split
+        pairs = zip(labels, splits, strict=True)
+        return np.array([earliest.get(x, len(SPLITS)) >= SPLITS.index(s) for x, s in pairs], bool)
 
     @cached_property
     def translations(self) -> Rows:

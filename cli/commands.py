@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -14,6 +15,7 @@ import typer
 
 STORE = Path("latents.zarr")
 INTERRUPTED = 130
+_RESUMED = ("encode", "simulate", "demo")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Store = Annotated[Path, typer.Option(help="The store of latents.")]
@@ -76,14 +78,17 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (LatentStoreError, SolverError) as exc:
             _fail(str(exc), exc.exit_code)
         except KeyboardInterrupt:
-            _fail("Stopped. Finished shards are kept; run the same command again to go on.", INTERRUPTED)
+            kept = "Finished shards are kept; run" if command.__name__ in _RESUMED else "Run"
+            _fail(f"Stopped. {kept} the same command again to go on.", INTERRUPTED)
         except BrokenPipeError:
             # The reader of our output went away (`| head`): not our failure.
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
             raise typer.Exit(0) from None
         except (PermissionError, OSError) as exc:
             name = f"{exc.filename}: " if exc.filename else ""
-            _fail(f"{name}{exc.strerror or exc}.", 1)
+            full = exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = " The disk is full: make room and run the same command again." if full else ""
+            _fail(f"{name}{exc.strerror or exc}.{advice}", 1)
 
     return run
 
@@ -118,7 +123,7 @@ def encode(
         ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Side in pixels that the encoder sees.", show_default="256")
+        int | None, typer.Option(help="Side in pixels that the encoder sees.", show_default="256", min=8)
     ] = None,
     posterior: Annotated[PosteriorOption | None, typer.Option(help="Of a VAE.", show_default="mean")] = None,
     seed: Annotated[
@@ -129,10 +134,13 @@ def encode(
     revision: Annotated[str | None, typer.Option(help="Of a hub repository.")] = None,
     device: Device = "auto",
     follow_links: Annotated[bool, typer.Option(help="Accept links that lead out of the folder.")] = False,
-    max_pixels: Annotated[int, typer.Option(help="Larger images are recorded, not decoded.")] = 89_478_485,
+    max_pixels: Annotated[
+        int, typer.Option(help="Larger images are recorded, not decoded.", min=1)
+    ] = 89_478_485,
     threads: Annotated[
-        int | None, typer.Option(help="That read and decode.", show_default="one a core")
+        int | None, typer.Option(help="That read and decode.", show_default="one a core", min=1)
     ] = None,
+    retry_bad: Annotated[bool, typer.Option(help="Make shards with bad rows anew.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 3 when any row is not ok.")] = False,
     json_: Json = False,
 ) -> None:
@@ -159,6 +167,7 @@ def encode(
             follow_links=follow_links,
             max_pixels=max_pixels,
             threads=threads,
+            retry_bad=retry_bad,
             on_start=on_start,
             on_rows=on_rows,
         )
@@ -254,10 +263,16 @@ def simulate(
         made = run_simulate(
             store, out, diffusion, prior=prior, per_origin=per_origin, on_start=on_start, on_rows=on_rows
         )
-    facts = {"store": str(out), "rows": len(made), "model": diffusion.name, "counts": made.counts()}
+    facts: dict[str, Any] = {
+        "store": str(out),
+        "rows": len(made),
+        "model": diffusion.name,
+        "counts": made.counts(),
+    }
+    counted = ", ".join(f"{n:,} {status}" for status, n in facts["counts"].items())
     render.emit(facts) if json_ else render.say(
-        f"{out}: {len(made):,} rows, {len(made) // (1 + per_origin):,} origins with {per_origin} simulated "
-        f"translation{'s' * (per_origin > 1)} each ({diffusion.name})"
+        f"{out}: {len(made):,} rows ({counted}), {len(made) // (1 + per_origin):,} origins with {per_origin} "
+        f"simulated translation{'s' * (per_origin > 1)} each ({diffusion.name})"
     )
 
 

@@ -210,6 +210,8 @@ def _attacked(gallery: Collection, root: Path, options: DemoOptions) -> Collecti
                 image, _ = decode(read_file(root / gallery.path[row]).data)
             except ImageError:
                 continue  # vanished since it was encoded
+            # Full photographs would take minutes to store, and are resized by the encoder anyhow.
+            image.thumbnail((1024, 1024))
             for number, attack in enumerate(ATTACKS):
                 name = f"{row:06d}-{number}.png"
                 attack(image, seed=int(row)).save(folder / name)
@@ -269,9 +271,9 @@ def _by_singular_value(projection: Projection) -> Projection:
 def _rank(gallery: Collection, queries: Queries, projection: Projection) -> Ranking:
     return average_precision(
         queries.collection.project_queries(projection, queries.rows),
-        queries.identity,
+        gallery.labels(queries.identity),
         gallery.references(projection, gallery.gallery),
-        gallery.identity[gallery.gallery],
+        gallery.labels(gallery.identity[gallery.gallery]),
     )
 
 
@@ -282,10 +284,8 @@ def _matches(
     q = attacked.project_queries(W, queries.rows)
     scores = q @ gallery.references(W, gallery.gallery).T
     order = np.argsort(-scores, axis=1, kind="stable")
-    ids = gallery.identity[gallery.gallery]
-    ranks = np.array(
-        [1 + int(np.flatnonzero(ids[o] == i)[0]) for o, i in zip(order, queries.identity, strict=True)]
-    )
+    ids, wanted = gallery.labels(gallery.identity[gallery.gallery]), gallery.labels(queries.identity)
+    ranks = np.array([1 + int(np.flatnonzero(ids[o] == i)[0]) for o, i in zip(order, wanted, strict=True)])
     missed, found = np.flatnonzero(ranks > 1), np.flatnonzero(ranks == 1)
     shown = [*found[:: max(1, len(found) // 5)][:5], *missed[:: max(1, len(missed) // 3)][:3]]
     matches = []
@@ -299,7 +299,7 @@ def _matches(
                     str(gallery.path[at]),
                     str(gallery.identity[at]),
                     float(scores[n, c]),
-                    bool(gallery.identity[at] == queries.identity[n]),
+                    bool(ids[c] == wanted[n]),
                     _thumb(root / gallery.path[at]),
                 )
             )
@@ -381,7 +381,7 @@ def _caveats(gallery: Collection, pairs: Collection, options: DemoOptions) -> li
     )
     out.append(
         "The oracle's queries come from the analytic diffusion on latents: a diffusion model with a known "
-        "answer, but no text-guided network. The analytic map assumes just that model."
+        "answer, but no text-guided network. The analytic map assumes a model of that kind."
     )
     out.append(
         "The encoder patch is linear and learned nothing of what pictures show; with a VAE (--encoder) the "

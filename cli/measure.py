@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,18 @@ class Measured:
 
 @dataclass
 class Evaluation:
-    """Figures, in the results schema, and the measurements behind them."""
+    """Figures, in the results schema, and the measurements behind them.
+
+    ``n_references`` rows were ranked; ``n_without_origin`` queries have no origin among them and are left
+    out, as are ``n_copies`` of whose origin a copy stands in a split that was fitted or chosen on.
+    """
 
     figures: list[Figure] = field(default_factory=list)
     methods: list[Measured] = field(default_factory=list)
     rankings: dict[tuple[str, str], Ranking] = field(default_factory=dict)
+    n_references: int = 0
+    n_without_origin: int = 0
+    n_copies: int = 0
 
     @property
     def verdicts(self) -> list[str]:
@@ -89,22 +96,27 @@ def evaluate(
     gallery.require_gallery()
     widest = max(p.rank for p in (*methods.values(), *control_set.values()))
     rows = affordable(gallery, queries, widest)
-    known = set(gallery.identity[rows].tolist())
-    kept = np.array([i in known for i in queries.identity], bool)
-    asked = Queries(queries.collection, queries.rows[kept], queries.group)
+    reference_labels = gallery.labels(gallery.identity[rows])
+    labels, known = gallery.labels(queries.identity), set(reference_labels.tolist())
+    findable = np.array([x in known for x in labels], bool)
+    clean = gallery.is_clean(labels, queries.collection.split[queries.rows])
+    asked = Queries(queries.collection, queries.rows[findable & clean], queries.group)
+    labels = labels[findable & clean]
+    out.n_references, out.n_without_origin = len(rows), int((~findable).sum())
+    out.n_copies = int((findable & ~clean).sum())
     if not len(asked.rows):
         return out
     for projection in methods.values():
-        refuse_leak(projection, sorted(set(asked.identity.tolist())))
+        refuse_leak(projection, used_names(asked.collection, asked.rows))
     groups = asked.collection.group[asked.rows]
     for name, projection in {**control_set, **methods}.items():
         projection.check_space(gallery.store.space.id)
         projection.check_space(asked.collection.store.space.id)
         out.rankings[name, asked.group] = average_precision(
             asked.collection.project_queries(projection, asked.rows),
-            asked.identity,
+            labels,
             gallery.references(projection, rows),
-            gallery.identity[rows],
+            reference_labels,
         )
     best = max(
         (n for n in control_set if n != "random subspace"),
@@ -137,6 +149,12 @@ def evaluate(
     out.figures.append(Figure("mAP", chance, "chance", "chance", asked.group, "fraction", None, n))
     out.figures.append(Figure("Acc", 1 / len(rows), "chance", "chance", asked.group, "fraction", None, n))
     return out
+
+
+def used_names(collection: Collection, rows: Rows) -> list[str]:
+    """Return the names by which rows count as used or reported: identities, and the photos behind them."""
+    photos = {f"group {g}" for g in collection.group[rows].tolist()}
+    return sorted(photos | set(collection.identity[rows].tolist()))
 
 
 def affordable(gallery: Collection, queries: Queries, columns: int) -> Rows:
@@ -229,27 +247,27 @@ def fit_controls(collection: Collection, rank: int) -> dict[str, Projection]:
 def residuals(collection: Collection, projection: Projection, random: Projection, split: str) -> list[Figure]:
     """Return held-out ‖TW‖/‖(O−μ)W‖ of a W and of a random subspace of the same rank.
 
-    μ is the gallery's mean for both, so that the two can be compared.
+    μ is the gallery's mean for both, so that the two can be compared; W is the query map where queries
+    and references are mapped differently.
     """
-    from dataclasses import replace
-
     origins, translated = collection.pairs(split)
     if not len(origins):
         return []
     o, g = collection.read(origins).astype(np.float64), collection.read(translated).astype(np.float64)
-    mean = collection.read(collection.gallery[:65536]).astype(np.float64).mean(0).astype(np.float32)
+    mean = collection.data.gallery_spectrum.mean
+    same_rank = random.truncated(min(random.rank, projection.rank))
     out = []
-    for subject, p in ((projection.method, projection), ("random subspace", random)):
-        centred = p if p.center is not None else replace(p, center=mean)
+    for subject, p in ((projection.method, projection), ("random subspace", same_rank)):
+        one_map = replace(p, reference_map=p.query_map, center=mean)
         out.append(
             Figure(
                 "held-out residual",
-                residual_ratio(centred, o, g),
+                residual_ratio(one_map, o, g),
                 subject,
                 "note",
                 split,
                 n=len(o),
-                note="‖TW‖/‖(O−μ)W‖; lower moves less under translation, 0 is exact",
+                note=f"‖TW‖/‖(O−μ)W‖ at rank {p.rank}; lower moves less under translation, 0 is exact",
             )
         )
     return out

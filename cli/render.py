@@ -23,13 +23,13 @@ _LOG_EVERY = 30.0
 
 
 def say(text: str = "") -> None:
-    """Print to standard output, without Rich's markup: file names may hold brackets."""
-    sys.stdout.write(text + "\n")
+    """Print to standard output; control characters (of a hostile file name, say) are spelled out."""
+    sys.stdout.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
 
 
 def note(text: str) -> None:
     """Print to standard error."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
     sys.stderr.flush()
 
 
@@ -188,7 +188,7 @@ def encode_summary(summary: EncodeSummary) -> str:
     if kept:
         lines.append(f"  {kept:,} were there already")
     if summary.appended:
-        lines.append(f"  {summary.appended:,} of them are new files, appended behind the others")
+        lines.append(f"  {summary.appended:,} new files were appended behind the others")
     bad = {k: v for k, v in summary.counts.items() if k != "ok"}
     lines.append(f"  {summary.counts.get('ok', 0):,} ok" + "".join(f", {v:,} {k}" for k, v in bad.items()))
     lines += [f"  Warning: {w}; rows encoded now may differ in their last bits" for w in summary.warnings]

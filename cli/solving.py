@@ -76,6 +76,8 @@ class SolveOptions:
         SolverUsageError, UsageError
         """
         get(method)
+        if not 1 <= (knobs.get("budget") or 1) < float("inf"):
+            raise UsageError(f"--budget is {knobs['budget']}; it must be a number of seconds, at least 1.")
         named = {k: v for k, v in knobs.items() if v is not None}
         for knob in named:
             owner = next(m for m, own in KNOBS.items() if knob in own)
@@ -137,13 +139,13 @@ def fit(
         fitted = build(options.method, **knobs).fit(data)
     if choices:
         queries = collection.queries("validation")
-        chosen_on = identity_hash(sorted(set(queries.identity.tolist())))
+        chosen_on = identity_hash(measure.used_names(collection, queries.rows))
     facts = dict(fitted.report)
     if data.n_pairs and facts.get("numerical_rank") is None:
         facts |= difference_facts(data)
     used = chosen_on
     if method.needs_pairs:
-        learned = sorted(set(collection.identity[collection.pairs("train")[1]].tolist()))
+        learned = measure.used_names(collection, collection.pairs("train")[1])
         used = np.union1d(used, identity_hash(learned))
     projection = fitted.projection(
         space_id=collection.store.space.id,
@@ -184,7 +186,7 @@ def solve(
         kind="solve",
         title=f"W by {options.method}, rank {projection.rank}",
         summary=account.summary(evaluation, facts, queries),
-        data=account.describe(collection, queries),
+        data=account.describe(collection, queries, evaluation),
         settings={
             "method": options.method,
             "requested rank": options.rank,
@@ -194,7 +196,7 @@ def solve(
         reproduce=[command] if command else [],
         figures=figures,
         curves=account.solver_curves(options.method, facts, choices),
-        caveats=account.caveats(collection, queries, facts),
+        caveats=account.caveats(collection, queries, evaluation),
         timings=timings,
         **results.stamp(),
     )
@@ -226,11 +228,11 @@ def evaluate(
         kind="evaluation",
         title=f"{name} on {asked.group}",
         summary=evaluation.verdicts,
-        data=account.describe(gallery, asked),
+        data=account.describe(gallery, asked, evaluation),
         settings={"projection": str(projection), "method": W.method, **dict(W.knobs)},
         reproduce=[command] if command else [],
         figures=evaluation.figures,
-        caveats=account.caveats(gallery, asked, {}),
+        caveats=account.caveats(gallery, asked, evaluation),
         timings={"evaluate": time.perf_counter() - began},
         **results.stamp(),
     )
@@ -297,12 +299,10 @@ def _validate(collection: Collection) -> Callable[[Projection], Ranking] | None:
     latents = collection.read(queries.rows)
     rows = measure.affordable(collection, queries, collection.store.layout.dim)
     references = collection.read(rows)
-    ids = collection.identity[rows]
+    labels, ids = collection.labels(queries.identity), collection.labels(collection.identity[rows])
 
     def rank(projection: Projection) -> Ranking:
-        return average_precision(
-            projection.queries(latents), queries.identity, projection.references(references), ids
-        )
+        return average_precision(projection.queries(latents), labels, projection.references(references), ids)
 
     return rank
 
@@ -329,7 +329,7 @@ def _fit_cosface(
     origins, translated = collection.pairs("train")
     own = np.unique(origins)
     rows = np.concatenate([own, translated])
-    names, labels = np.unique(collection.identity[rows].astype(str), return_inverse=True)
+    names, labels = np.unique(collection.labels(collection.identity[rows]).astype(str), return_inverse=True)
     if len(names) < 2:
         raise UsageError(
             f"CosFace tells identities apart and needs at least 2 with pairs in the training split; "

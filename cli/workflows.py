@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from latentstore.results import Candidate, Match
 from latentstore.schema import Posterior, check_space
 from latentstore.simulate import Diffusion, GaussianPrior, simulate
 from latentstore.store import LatentStore, exists, open_store
+from solvers.errors import ProjectionFormatError
 from solvers.projection import Projection
 from solvers.spectrum import fit_spectrum
 
@@ -42,6 +44,7 @@ def run_encode(
     follow_links: bool = False,
     max_pixels: int = images.MAX_PIXELS,
     threads: int | None = None,
+    retry_bad: bool = False,
     on_start: OnStart | None = None,
     on_rows: OnRows | None = None,
 ) -> EncodeSummary:
@@ -82,6 +85,7 @@ def run_encode(
         shard_rows=shard_rows,
         max_pixels=max_pixels,
         threads=threads,
+        retry_bad=retry_bad,
         on_start=on_start,
         on_rows=on_rows,
     )
@@ -199,14 +203,14 @@ def run_match(
             )
             for at in range(0, len(collection.gallery), BLOCK)
         ),
-        max(top, 2),
+        max(top, 10),
         backend=backend,
     )
     matches = [
         Match(
             query=name_,
             group="",
-            margin=float(s[0] - s[1]) if len(s) > 1 else None,
+            margin=_margin(s, collection.identity[found]),
             candidates=[
                 Candidate(str(collection.path[r]), str(collection.identity[r]), float(v))
                 for v, r in zip(s[:top], found[:top], strict=True)
@@ -217,6 +221,12 @@ def run_match(
     return MatchResult(matches, unreadable, name, W.method, made, chosen)
 
 
+def _margin(scores: Any, identities: Any) -> float | None:
+    """Return the top score less the best of another identity, or None when no other is near the top."""
+    others = np.flatnonzero(identities != identities[0])
+    return float(scores[0] - scores[others[0]]) if len(others) else None
+
+
 def own_projection(collection: Collection) -> tuple[Projection, str, bool]:
     """Return the collection's analytic map, kept in the store; made anew when its latents have changed.
 
@@ -224,11 +234,14 @@ def own_projection(collection: Collection) -> tuple[Projection, str, bool]:
     -------
     projection, path, made
     """
-    path = collection.store.root / "projections" / f"analytic-{collection.data_hash}.safetensors"
+    rank = min(512, collection.store.layout.dim)
+    path = collection.store.root / "projections" / f"analytic-{rank}-{collection.data_hash}.safetensors"
     if path.exists():
-        return Projection.load(path), str(path), False
-    dim = collection.store.layout.dim
-    W, _, _ = fit(collection, SolveOptions(method="analytic", rank=min(512, dim)))
+        try:
+            return Projection.load(path), str(path), False
+        except ProjectionFormatError:
+            pass  # damaged: it is ours to make again
+    W, _, _ = fit(collection, SolveOptions(method="analytic", rank=rank))
     try:
         path.parent.mkdir(exist_ok=True)
         for old in path.parent.glob("analytic-*.safetensors"):
@@ -266,7 +279,7 @@ def encode_files(
                 read.append(str(path))
             except ImageError as exc:
                 unreadable.append((str(path), f"{exc.status}: {exc.reason}"))
-        latents = encoder.encode(pixels, np.arange(len(pixels), dtype=np.int64))[: len(read)]
+        latents = encoder.encode(pixels, np.full(encoder.batch, -1))[: len(read)]
         finite = [bool(np.isfinite(row).all()) for row in latents]
         unreadable += [
             (n, "not_finite: its latent is not finite") for n, f in zip(read, finite, strict=True) if not f
@@ -284,7 +297,9 @@ def _query_files(queries: list[Path]) -> list[Path]:
     files: list[Path] = []
     for query in queries:
         if query.is_dir():
-            files += [query / p for p in list_folder(query)["path"].to_pylist()]
+            for row in list_folder(query).select(["path", "path_raw"]).to_pylist():
+                raw = row["path_raw"]
+                files.append(query / (row["path"] if raw is None else os.fsdecode(raw)))
         elif query.exists():
             files.append(query)
         else:

@@ -20,10 +20,10 @@ import pyarrow as pa
 from latentstore import images
 from latentstore._version import __version__
 from latentstore.encoders import Encoder
-from latentstore.errors import ImageError, UsageError
+from latentstore.errors import ImageError, LatentStoreError, UsageError
 from latentstore.manifest import list_folder, list_manifest, manifest_table, new_inputs
 from latentstore.schema import OK, STATUS_CODE, Layout, StoreSpec, check_space
-from latentstore.shards import Record, ShardWriter, latents_file
+from latentstore.shards import Record, ShardWriter, drop_unnamed_parts, latents_file, record_file
 from latentstore.store import LatentStore, create, exists, open_store, settle, writing
 
 OnRows = Callable[[int, int], None]
@@ -60,6 +60,23 @@ class Source:
         if self.manifest is not None:
             return list_manifest(self.manifest)
         return list_folder(self.root, follow_links=self.follow_links)
+
+    def require_some(self, inputs: pa.Table) -> None:
+        """Refuse a list of which nothing is there: the folder it is relative to is likely another.
+
+        Raises
+        ------
+        UsageError
+        """
+        if self.manifest is None:
+            return
+        paths = inputs["path"].to_pylist()
+        if not any((self.root / p).exists() for p in paths):
+            raise UsageError(
+                f"None of the {len(paths)} files that {self.manifest} lists is there; its paths were taken "
+                f"as relative to {self.root.absolute()} (the first: {paths[0]}). Name the folder they are "
+                f"relative to: latentstore encode FOLDER --manifest {self.manifest}."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return what the store records of its source."""
@@ -121,6 +138,7 @@ def prepare(
     """
     if not exists(root):
         inputs = source.list()
+        source.require_some(inputs)
         spec = StoreSpec(
             kind="images",
             space=encoder.space,
@@ -132,11 +150,23 @@ def prepare(
             },
             origin=source.describe(),
         )
-        return create(root, spec, inputs)
+        try:
+            return create(root, spec, inputs)
+        except LatentStoreError:
+            # Another process may have made the same store in between: then its lock decides.
+            if not exists(root):
+                raise
     store = open_store(root)
     if store.kind != "images":
         raise UsageError(f"{root} holds simulated latents; images are encoded into a store of their own.")
     check_space(encoder.space.id, store.space.id, what=f"encoder {encoder.facts.get('name')!r}")
+    recorded, now = store.origin.get("manifest"), source.describe()["manifest"]
+    if recorded != now:
+        raise UsageError(
+            f"{root} was listed by {recorded or 'its folder'}, not by {now or 'the folder'}. A store has "
+            f"one list: {'name it with --manifest' if recorded else 'leave --manifest out'}, or choose "
+            "another --store."
+        )
     made_from = store.origin["root"]
     if made_from != str(source.root.absolute()) and Path(made_from).exists():
         raise UsageError(
@@ -155,6 +185,7 @@ def encode(
     shard_rows: int | None = None,
     max_pixels: int = images.MAX_PIXELS,
     threads: int | None = None,
+    retry_bad: bool = False,
     on_start: Callable[[int, int], None] | None = None,
     on_rows: OnRows | None = None,
 ) -> EncodeSummary:
@@ -171,6 +202,8 @@ def encode(
         Larger images become rows of status ``too_large``.
     threads : int, optional
         That read and decode; by default one a core.
+    retry_bad : bool
+        Make the shards that hold bad rows anew: the files may have been mended.
     on_start : callable, optional
         Called once with (rows to encode, rows of the store).
     on_rows : callable, optional
@@ -184,10 +217,13 @@ def encode(
     with writing(root):
         store = settle(open_store(root))
         summary = EncodeSummary(store=str(root))
+        drop_unnamed_parts(root)
         new = new_inputs(source.list(), store.inputs())
         if new.num_rows:
             store = store.extend(new)
             summary.appended = new.num_rows if len(store) > new.num_rows else 0
+        if retry_bad:
+            discard_bad_shards(store)
         todo = store.todo()
         if todo:
             summary.warnings = provenance_changes(store.provenance.get("encoder", {}), encoder.facts)
@@ -207,6 +243,14 @@ def encode(
     summary.counts = store.counts()
     summary.seconds = {"total": time.perf_counter() - began, **times}
     return summary
+
+
+def discard_bad_shards(store: LatentStore) -> None:
+    """Take back the records of shards that hold rows which are not ok; needs the writer's lock."""
+    for shard in range(store.layout.n_shards):
+        record = Record.read(store.root, shard)
+        if record is not None and record.ok < record.rows:
+            record_file(store.root, shard).unlink()
 
 
 def provenance_changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ class Encoder(Protocol):
     batch: int
 
     def encode(self, images: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return (b, dim) latents of (b, size, size, 3) pictures; ``rows`` seed the posterior's noise."""
+        """Return (b, dim) latents of (b, size, size, 3) pictures; ``rows`` of the store, or -1 for none."""
         ...
 
 
@@ -123,8 +123,8 @@ def to_unit(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 class DiffusersEncoder:
     """Any image autoencoder of diffusers, by hub name or local folder: the paper's feature extractor.
 
-    Raw posterior mean (or a sample, seeded per row), flattened as C x H x W; scaling and shift are recorded
-    and not applied.
+    Raw posterior mean (or a sample, seeded per picture), flattened as C x H x W; scaling and shift are
+    recorded and not applied.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ class DiffusersEncoder:
     posterior : {"mean", "sample"}
         For encoders with a posterior; those without one are ``deterministic``.
     seed : int
-        Of the per-row noise when sampling.
+        Of the per-picture noise when sampling.
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
     revision : str, optional
@@ -197,24 +197,33 @@ class DiffusersEncoder:
         """Return (b, dim) latents."""
         import torch
 
+        del rows
         with torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
             x = x.permute(0, 3, 1, 2).to(torch.float32).div(255).sub(0.5).div(0.5).to(self.model.dtype)
-            latents = self._run(x, rows)
+            latents = self._run(x, images)
             out: npt.NDArray[np.float32] = latents.flatten(1).float().cpu().numpy()
         return out
 
-    def _run(self, x: Any, rows: npt.NDArray[np.int64] | None) -> Any:
+    def _run(self, x: Any, images: npt.NDArray[np.uint8] | None) -> Any:
         import torch
 
         out = self.model.encode(x)
         if not hasattr(out, "latent_dist"):
             return out.latents
-        if rows is None or self._posterior != "sample":
+        if images is None or self._posterior != "sample":
             return out.latent_dist.mode()
-        noise = np.stack([row_noise(self._seed, int(r), self.space.dim) for r in rows])
-        noise_t = torch.from_numpy(noise.reshape(len(rows), *self.space.latent_shape)).to(x.device)
+        noise = np.stack([row_noise(self._seed, noise_key(p), self.space.dim) for p in images])
+        noise_t = torch.from_numpy(noise.reshape(len(images), *self.space.latent_shape)).to(x.device)
         return out.latent_dist.mean + out.latent_dist.std * noise_t.to(x.dtype)
+
+
+def noise_key(picture: npt.NDArray[np.uint8]) -> int:
+    """Return what seeds the posterior's noise of a picture: its pixels, so that no two pictures share noise.
+
+    Row numbers would not do: a query in place 0 would carry the noise of the collection's row 0, and find it.
+    """
+    return int.from_bytes(hashlib.sha256(picture.tobytes()).digest()[:7], "big")
 
 
 def row_noise(seed: int, row: int, dim: int, *, stream: int = 0) -> npt.NDArray[np.float32]:

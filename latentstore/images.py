@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import stat
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ MAX_PIXELS = 89_478_485
 """Width times height above which an image is not decoded (Pillow's own warning level: 256 MiB of RGB)."""
 MAX_BYTES = 1 << 29
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_NOT_THE_IMAGES_FAULT = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENODEV}
+"""Failures of the machine, which stop the job: a row that says \"unreadable\" would stay for ever."""
 _pillow_limit = threading.Lock()
 
 
@@ -88,6 +91,8 @@ def read_file(path: Path, root: Path | None = None) -> FileFacts:
     except ImageError:
         raise
     except (OSError, RuntimeError, ValueError) as exc:  # a loop of links; a NUL in the name
+        if isinstance(exc, OSError) and exc.errno in _NOT_THE_IMAGES_FAULT:
+            raise
         raise ImageError("unreadable", str(getattr(exc, "strerror", None) or exc)) from exc
     return FileFacts(data, len(data), facts.st_mtime_ns, hashlib.sha256(data).hexdigest())
 
@@ -121,6 +126,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, s
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ImageError("too_large", str(exc)) from exc
+    except MemoryError:
+        raise
     except Exception as exc:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image
         raise ImageError("unreadable", _one_line(exc)) from exc
 
@@ -168,7 +175,8 @@ def load(path: Path, size: int, *, root: Path | None = None, max_pixels: int = M
         image, note = decode(facts.data, max_pixels=max_pixels)
         rgb = resize(image, size)
     except ImageError as exc:
-        exc.facts = facts
+        # Without the bytes: a folder of huge files must not pile up in memory.
+        exc.facts = replace(facts, data=b"")
         raise
     return Pixels(rgb, image.width, image.height, facts.bytes, facts.mtime, facts.sha256, note)
 

@@ -167,9 +167,13 @@ def list_manifest(path: Path) -> pa.Table:
     rows = table.select(known).to_pylist()
     if not rows:
         raise ManifestError(f"{path} lists no images.")
+    seen: set[str] = set()
     for number, row in enumerate(rows):
         if not row["path"]:
             raise ManifestError(f"{path}: row {number + 1} has an empty path.")
+        if str(row["path"]) in seen:
+            raise ManifestError(f"{path}: {row['path']} is listed twice (again in row {number + 1}).")
+        seen.add(str(row["path"]))
     return input_table(sorted(rows, key=lambda row: str(row["path"])))
 
 
@@ -186,11 +190,11 @@ def input_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     for row in rows:
         path = str(row["path"])
         by_name, role_by_name = identity_and_role(path)
-        identity = str(row.get("identity") or by_name)
+        identity = _text(row.get("identity"), by_name)
         # A named identity without a role is a reference unless the file name says more.
-        role = str(row.get("role") or role_by_name)
-        group = str(row.get("group") or identity)
-        split = str(row.get("split") or split_of(group))
+        role = _text(row.get("role"), role_by_name)
+        group = _text(row.get("group"), identity)
+        split = _text(row.get("split"), split_of(group))
         if role not in ROLES:
             raise ManifestError(f"{path}: role is {role!r}; it must be one of {', '.join(ROLES)}.")
         if split not in SPLITS:
@@ -209,13 +213,18 @@ def input_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
                 "group": group,
                 "role": role,
                 "split": split,
-                "source": str(row.get("source") or "file"),
-                "model": str(row.get("model") or ""),
-                "prompt": str(row.get("prompt") or ""),
+                "source": _text(row.get("source"), "file"),
+                "model": _text(row.get("model"), ""),
+                "prompt": _text(row.get("prompt"), ""),
                 "strength": None if strength is None else float(strength),
             }
         )
     return pa.Table.from_pylist(filled, schema=INPUT_SCHEMA)
+
+
+def _text(value: Any, default: str) -> str:
+    """Return a cell as text; only a missing or empty one takes the default (0 is an identity)."""
+    return default if value is None or value == "" else str(value)
 
 
 def new_inputs(listed: pa.Table, committed: pa.Table) -> pa.Table:
@@ -224,8 +233,10 @@ def new_inputs(listed: pa.Table, committed: pa.Table) -> pa.Table:
     Raises
     ------
     ManifestError
-        A new row would put a committed identity into a second split.
+        A committed path is listed otherwise than it was, or a new row would put a committed identity into
+        a second split.
     """
+    _refuse_changes(listed, committed)
     known = pc.is_in(listed["path"], value_set=committed["path"].combine_chunks())
     new = listed.filter(pc.invert(known))
     if new.num_rows:
@@ -237,6 +248,19 @@ def new_inputs(listed: pa.Table, committed: pa.Table) -> pa.Table:
                     f"{split}: what is learned on one would leak into the other. Give them the same split."
                 )
     return new
+
+
+def _refuse_changes(listed: pa.Table, committed: pa.Table) -> None:
+    names = [n for n in INPUT_SCHEMA.names if n not in ("path_raw", "strength")]
+    now = {row["path"]: row for row in listed.select(names).to_pylist()}
+    for row in committed.select(names).to_pylist():
+        other = now.get(row["path"], row)
+        for name in names:
+            if other[name] != row[name]:
+                raise ManifestError(
+                    f"{row['path']}: {name} is now {other[name]!r}; the store was made with {row[name]!r}. "
+                    "Committed rows do not change: undo it, or encode the new list into another --store."
+                )
 
 
 def manifest_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -8,6 +8,7 @@ the caller's rows. Anything else goes through zarr, behind the same interface.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -26,6 +27,18 @@ _IOV_MAX = 1024  # POSIX lets one preadv fill so many buffers.
 _PIECE = 8 << 20
 
 
+class _File:
+    """An open descriptor; closed when its last user lets go, also if it was evicted while being read."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
 class Reader:
     """Reads latents of one store.
 
@@ -36,20 +49,17 @@ class Reader:
 
     Notes
     -----
-    Rows that were never written read as zeros, as in zarr; use the store's statuses to tell. One thread at
-    a time: each thread takes a reader of its own.
+    Rows that were never written read as zeros, as in zarr; use the store's statuses to tell. Threads may
+    share a reader.
     """
 
     def __init__(self, root: Path, layout: Layout) -> None:
         self.root, self.layout = root, layout
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
         self._plain: dict[int, bool] = {}
         self._zarr: Any = None
         self._direct = _is_plain_rows(root)
-
-    def __del__(self) -> None:
-        for fd in getattr(self, "_open", {}).values():
-            os.close(fd)
 
     def read(
         self, start: int, stop: int, out: npt.NDArray[Any] | None = None
@@ -101,28 +111,28 @@ class Reader:
     # --- one shard -----------------------------------------------------------------------------------
 
     def _read_run(self, shard: int, row: int, out: npt.NDArray[Any]) -> None:
-        fd = self._fd(shard)
-        if fd is None:
+        file = self._file(shard)
+        if file is None:
             out[:] = self._through_zarr(row, row + len(out))
             return
         view, offset = out.data.cast("B"), self._offset(row)
         while view:
-            done = os.preadv(fd, [view[:_PIECE]], offset)
+            done = os.preadv(file.fd, [view[:_PIECE]], offset)
             if not done:
                 raise CorruptStoreError(f"shard {shard} of {self.root} ends before row {row + len(out)}.")
             view, offset = view[done:], offset + done
 
     def _scatter(self, shard: int, row: int, rows: list[npt.NDArray[Any]]) -> None:
         """Fill each of ``rows`` with the consecutive stored rows from ``row`` on."""
-        fd = self._fd(shard)
-        if fd is None:
+        file = self._file(shard)
+        if file is None:
             for target, source in zip(rows, self._through_zarr(row, row + len(rows)), strict=True):
                 target[:] = source
             return
         for first in range(0, len(rows), _IOV_MAX):
             part = rows[first : first + _IOV_MAX]
             if (
-                os.preadv(fd, [a.data for a in part], self._offset(row + first))
+                os.preadv(file.fd, [a.data for a in part], self._offset(row + first))
                 != len(part) * self.layout.row_bytes
             ):
                 # A short read: take the rows one by one.
@@ -131,33 +141,36 @@ class Reader:
 
     def _announce(self, row: int, count: int) -> None:
         """Tell the kernel what comes, so that cold reads overlap."""
-        fd = self._fd(row // self.layout.shard_rows)
-        if fd is not None:
-            os.posix_fadvise(fd, self._offset(row), count * self.layout.row_bytes, os.POSIX_FADV_WILLNEED)
+        file = self._file(row // self.layout.shard_rows)
+        if file is not None:
+            os.posix_fadvise(
+                file.fd, self._offset(row), count * self.layout.row_bytes, os.POSIX_FADV_WILLNEED
+            )
 
     def _offset(self, row: int) -> int:
         return (row % self.layout.shard_rows) * self.layout.row_bytes
 
-    def _fd(self, shard: int) -> int | None:
-        """Return an open descriptor of a plain shard, or None where zarr must read."""
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        if not self._direct or self._plain.get(shard) is False:
-            return None
-        path = latents_file(self.root, shard)
-        try:
-            self._plain[shard] = read_index_is_plain(path, self.layout, shard)
-            if not self._plain[shard]:
+    def _file(self, shard: int) -> _File | None:
+        """Return an open plain shard, or None where zarr must read."""
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+            if not self._direct or self._plain.get(shard) is False:
                 return None
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self._plain[shard] = False
-            return None
-        while len(self._open) >= _MAX_OPEN:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = fd
-        return fd
+            path = latents_file(self.root, shard)
+            try:
+                self._plain[shard] = read_index_is_plain(path, self.layout, shard)
+                if not self._plain[shard]:
+                    return None
+                file = _File(path)
+            except FileNotFoundError:
+                self._plain[shard] = False
+                return None
+            while len(self._open) >= _MAX_OPEN:
+                self._open.popitem(last=False)
+            self._open[shard] = file
+            return file
 
     def _through_zarr(self, start: int, stop: int) -> npt.NDArray[Any]:
         if self._zarr is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -138,7 +139,12 @@ class Report:
             raise ResultsError(
                 f"The results of {self.title!r} hold a value that JSON cannot: {exc}."
             ) from exc
-        path.write_text(text + "\n", encoding="utf-8")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def find(self, name: str, *, subject: str | None = None, group: str | None = None) -> list[Figure]:
         """Return the figures of that name, optionally of one subject and group."""
@@ -151,8 +157,6 @@ class Report:
 
 def stamp() -> dict[str, Any]:
     """Return ``created``, ``machine`` and ``commit`` for a new :class:`Report`."""
-    import os
-
     machine = {
         "system": platform.system(),
         "machine": platform.machine(),

@@ -93,7 +93,7 @@ class Space:
     latent_shape : tuple of int
         (C, H, W); rows are flattened in that order.
     seed : int or None
-        Of the per-row noise when ``posterior`` is ``"sample"``.
+        Of the per-picture noise when ``posterior`` is ``"sample"``.
     """
 
     encoder: str

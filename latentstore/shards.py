@@ -86,6 +86,16 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def fsync_tree(root: Path) -> None:
+    """Make every file and folder below a folder durable."""
+    for path in [*root.rglob("*"), root]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file so that it is seen whole or not at all, also after a crash."""
     with write_errors(path):
@@ -110,10 +120,24 @@ def partial_of(path: Path) -> Path:
 
 def sweep_partials(root: Path) -> int:
     """Delete what killed writers left behind; return how many files. Call it only under the writer's lock."""
-    stale = list(root.rglob(f"*{PARTIAL}"))
+    # Only where writers under the lock write: `projections/` is written without it.
+    folders = (root / name for name in (LATENTS, STATUS, "manifest", "inputs", "done"))
+    stale = [path for folder in folders for path in folder.rglob(f"*{PARTIAL}")]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)
+
+
+def drop_unnamed_parts(root: Path) -> None:
+    """Delete the manifest parts of committed shards that their records do not name; needs the lock.
+
+    A kill just after an append's record leaves the shorter part, which would give a reader of the folder
+    rows twice.
+    """
+    for part in (root / "manifest").glob("part-*.parquet"):
+        record = Record.read(root, int(part.name.split("-")[1]))
+        if record is not None and record.manifest_part != part.name:
+            part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -263,6 +287,7 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             self._partial.replace(self._target)
             fsync_dir(self._target.parent)
+            fsync_dir(self._target.parent.parent)
         write_atomic(status_file(self.root, self.shard), status.tobytes())
         write_atomic(part, part_bytes)
         record = Record(

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentstore._version import __version__
 from latentstore.encoders import row_noise
-from latentstore.errors import UsageError
+from latentstore.errors import LatentStoreError, UsageError
 from latentstore.manifest import INPUT_SCHEMA, MANIFEST_SCHEMA
 from latentstore.schema import OK, Layout, StoreSpec, check_space
 from latentstore.shards import ShardWriter
@@ -105,6 +106,10 @@ class Diffusion:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not (np.isfinite(self.prompt) and np.isfinite(self.alpha_bar)):
+            raise UsageError(
+                f"--alpha-bar {self.alpha_bar} and --prompt-strength {self.prompt} must be finite."
+            )
         if not 0 < self.alpha_bar < 1:
             raise UsageError(f"--alpha-bar is {self.alpha_bar}; it must lie between 0 and 1 (0.2, say).")
         if self.prompt < 0:
@@ -228,7 +233,13 @@ def simulate(
             },
             origin={"simulated": settings, "root": source.origin.get("root", "")},
         )
-        store = create(out, spec, inputs)
+        try:
+            store = create(out, spec, inputs)
+        except LatentStoreError:
+            # Another process may have made the same store in between: then its lock decides.
+            if not exists(out):
+                raise
+            store = _same_run(open_store(out), source, settings)
     manifest = source.manifest().take(pa.array(rows))
     with writing(out):
         todo = store.todo()
@@ -321,6 +332,12 @@ def _manifest(
         if name in MANIFEST_SCHEMA.names:
             table = table.set_column(table.schema.get_field_index(name), name, inputs[name])
     table = table.set_column(0, "row", pa.array(at))
+    # A simulated row has no file: what describes its origin's is not its own.
+    moved = pa.array(at % each != 0)
+    for name in ("bytes", "mtime", "sha256", "width", "height"):
+        column = table.schema.get_field_index(name)
+        own_type = table.schema.field(name).type
+        table = table.set_column(column, name, pc.if_else(moved, pa.scalar(None, own_type), table[name]))
     ok = statuses == OK
     table = table.set_column(
         table.schema.get_field_index("status"), "status", pa.array(np.where(ok, "ok", "not_finite"))

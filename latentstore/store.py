@@ -44,7 +44,15 @@ from latentstore.schema import (
     canonical_json,
     read_attributes,
 )
-from latentstore.shards import Record, is_done, sweep_partials, write_atomic, write_errors
+from latentstore.shards import (
+    Record,
+    fsync_dir,
+    fsync_tree,
+    is_done,
+    sweep_partials,
+    write_atomic,
+    write_errors,
+)
 
 _FOLDERS = ("manifest", "inputs", "done", "projections")
 
@@ -278,9 +286,11 @@ def create(root: Path, spec: StoreSpec, inputs: pa.Table) -> LatentStore:
             for name in _FOLDERS:
                 group.create_group(name)
             write_atomic(fresh / "inputs" / "part-000000.parquet", _parquet(inputs))
+            fsync_tree(fresh)
             if root.exists():
                 root.rmdir()
             fresh.rename(root)
+            fsync_dir(root.parent)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
@@ -294,13 +304,14 @@ def _sweep_unfinished(root: Path) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def open_store(root: Path) -> LatentStore:
+def open_store(root: Path | str) -> LatentStore:
     """Open a store for reading.
 
     Raises
     ------
     StoreNotFoundError, StoreFormatError
     """
+    root = Path(root)
     if not root.exists():
         raise _no_store(root)
     return LatentStore(root)

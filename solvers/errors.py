@@ -45,5 +45,9 @@ class DivergedError(SolverError, ArithmeticError):
         self.weights = weights
 
 
+class SolverWriteError(SolverError, OSError):
+    """A result could not be written to disk."""
+
+
 class ProjectionFormatError(SolverError, ValueError):
     """A file is not a projection that can be read."""

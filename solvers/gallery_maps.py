@@ -192,10 +192,10 @@ def random_orthonormal(dim: int, rank: int, seed: int, against: np.ndarray | Non
     """Seeded random orthonormal columns (dim x rank), orthogonal to those of `against` if given."""
     # Drawn row by row, so that fewer columns are a prefix of more.
     draws = np.random.default_rng(seed).standard_normal((rank, dim)).T
+    if against is None:
+        return fix_signs(orthonormalise(draws))
     for _ in range(2):  # one projection leaves rounding of the size of what was removed
-        if against is not None:
-            draws = draws - against @ (against.T @ draws)
-        draws = orthonormalise(draws)
+        draws = orthonormalise(draws - against @ (against.T @ draws))
     return fix_signs(draws)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from .arrays import as_rows
-from .errors import ProjectionFormatError, SolverUsageError
+from .errors import ProjectionFormatError, SolverUsageError, SolverWriteError
 
 
 class Moments:
@@ -146,6 +146,7 @@ def write_safetensors(
     path: str | os.PathLike[str], tensors: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
     """Write a safetensors file beside its place and rename it, so that a reader never sees half a file."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     target = Path(path)
@@ -159,6 +160,12 @@ def write_safetensors(
         with part.open("rb") as handle:
             os.fsync(handle.fileno())
         part.replace(target)
+    except SafetensorError as error:
+        # The library wraps what the disk said; the disk being full is the usual reason.
+        raise SolverWriteError(
+            f"{path} could not be written ({error}). Is the disk full? Make room and run the same again; "
+            "nothing was changed."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

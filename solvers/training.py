@@ -130,10 +130,10 @@ class Keeper:
     def see(self, step: int, loss: float, lr: float, weights: Callable[[], np.ndarray]) -> None:
         """Judge the present W."""
         W = weights()
-        score = None if self.validate is None else float(self.validate(W))
-        self.history.append({"step": step, "loss": loss, "lr": lr, "map": score})
         if not np.isfinite(W).all():
             return
+        score = None if self.validate is None else float(self.validate(W))
+        self.history.append({"step": step, "loss": loss, "lr": lr, "map": score})
         # Among equals the later one: where validation is saturated, the W that was trained.
         if score is None or self.best_map is None or score >= self.best_map:
             self.best, self.best_step, self.best_map = W, step, score

@@ -103,6 +103,25 @@ def test_every_readme_command_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+def test_the_readme_python_runs(tmp_path: Path) -> None:
+    from latentstore.encode import Source, encode
+    from latentstore.encoders import PatchEncoder
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert blocks
+    sys.path.insert(0, str(ROOT / "tests" / "cli"))
+    from cli_helpers import picture
+
+    (tmp_path / "images").mkdir()
+    for i in range(10):
+        picture(i).save(tmp_path / "images" / f"{i}.jpg")
+    encode(Source(tmp_path / "images"), tmp_path / "latents.zarr", PatchEncoder())
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_version_is_written_once() -> None:
     from latentstore import __version__
 

@@ -186,3 +186,18 @@ def test_a_folder_is_listed_sorted(tmp_path):
     for name in names:
         (tmp_path / name).write_bytes(b"")
     assert list_folder(tmp_path)["path"].to_pylist() == sorted(names)
+
+
+def test_numbers_are_identities(tmp_path):
+    """Identity 0 is an identity, in CSV and in Parquet, and not a missing cell."""
+    table = pa.table({"path": ["a.png", "b.png"], "identity": [0, 0], "role": ["origin", "translation"]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    found = list_manifest(tmp_path / "m.parquet")
+    assert found["identity"].to_pylist() == ["0", "0"]
+    assert len(set(found["split"].to_pylist())) == 1
+
+
+def test_a_path_listed_twice_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("path\na.png\na.png\n")
+    with pytest.raises(ManifestError, match=r"a\.png is listed twice"):
+        list_manifest(tmp_path / "m.csv")

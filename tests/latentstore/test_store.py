@@ -497,3 +497,34 @@ def test_a_full_disk_at_creation_leaves_nothing(photos, tmp_path):
     assert "disk is full" in run.stderr
     assert run.stderr.count("Could not write") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_first_time_writers(tmp_path):
+    """Both start on a path where nothing is: one makes the store, the other is told that it is being written,
+    or finds it finished; neither is told to move the other's store away."""
+    import subprocess
+    import sys
+
+    from store_worlds import photo_folder
+
+    folder = tmp_path / "in"
+    photo_folder(folder, 200)
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom latentstore.encode import Source, encode\n"
+        "from latentstore.encoders import PatchEncoder\nfrom latentstore.errors import LatentStoreError\n"
+        "try: encode(Source(Path(sys.argv[1])), Path(sys.argv[2]), PatchEncoder(64))\n"
+        "except LatentStoreError as e: print(type(e).__name__, e); sys.exit(1)\n"
+    )
+    for attempt in range(3):
+        root = tmp_path / f"{attempt}.zarr"
+        jobs = [
+            subprocess.Popen([sys.executable, "-c", script, folder, root], stdout=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        said = [job.communicate(timeout=120)[0] for job in jobs]
+        assert 0 in [job.returncode for job in jobs]
+        for text in said:
+            assert text == "" or text.startswith("StoreLockedError"), text
+        store = open_store(root)
+        assert store.todo() == []
+        assert store.counts() == {"ok": 200}
