@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -74,7 +75,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         from solvers.errors import SolverError
 
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                # What is wrong with an image is in its row; Pillow would say it over the progress bar.
+                warnings.filterwarnings("ignore", module="PIL")
+                command(*args, **kwargs)
         except (LatentStoreError, SolverError) as exc:
             _fail(str(exc), exc.exit_code)
         except KeyboardInterrupt:

@@ -133,7 +133,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, s
 
 
 def _allow_pillow(max_pixels: int) -> None:
-    """Raise Pillow's own limit to ours, so that ``max_pixels`` alone decides (and no warning is printed)."""
+    """Raise Pillow's own limit to ours, so that ``max_pixels`` alone decides."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         with _pillow_limit:
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
