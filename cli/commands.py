@@ -144,6 +144,10 @@ def encode(
     threads: Annotated[
         int | None, typer.Option(help="That read and decode.", show_default="one a core", min=1)
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Encode in so many local processes.", min=1, show_default="in this one")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Encode on the Dask cluster at this address.")] = None,
     retry_bad: Annotated[bool, typer.Option(help="Make shards with bad rows anew.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 3 when any row is not ok.")] = False,
     json_: Json = False,
@@ -172,6 +176,8 @@ def encode(
             max_pixels=max_pixels,
             threads=threads,
             retry_bad=retry_bad,
+            workers=workers,
+            scheduler=scheduler,
             on_start=on_start,
             on_rows=on_rows,
         )

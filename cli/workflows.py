@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def run_encode(
     max_pixels: int = images.MAX_PIXELS,
     threads: int | None = None,
     retry_bad: bool = False,
+    workers: int | None = None,
+    scheduler: str | None = None,
     on_start: OnStart | None = None,
     on_rows: OnRows | None = None,
 ) -> EncodeSummary:
@@ -69,18 +72,19 @@ def run_encode(
         _same_layout(present, dtype, shard_rows)
         facts, space = present.provenance["encoder"], present.space
         name, revision = encoder or str(facts["name"]), revision or facts.get("revision")
-    loaded = encoders.load_encoder(
-        name,
-        image_size=image_size or (space.image_size if space else 256),
-        posterior=posterior or (space.posterior if space else "mean"),
-        seed=seed if seed is not None else (space.seed or 0 if space else 0),
-        device=device,
-        revision=revision,
-    )
-    return encode(
+    recipe: dict[str, Any] = {
+        "name": name,
+        "image_size": image_size or (space.image_size if space else 256),
+        "posterior": posterior or (space.posterior if space else "mean"),
+        "seed": seed if seed is not None else (space.seed or 0 if space else 0),
+        "device": device,
+        "revision": revision,
+    }
+    run = partial(
+        encode,
         source,
         store,
-        loaded,
+        encoders.load_encoder(**recipe),
         dtype=dtype or "float16",
         shard_rows=shard_rows,
         max_pixels=max_pixels,
@@ -89,6 +93,12 @@ def run_encode(
         on_start=on_start,
         on_rows=on_rows,
     )
+    if workers is None and scheduler is None:
+        return run()
+    from latentstore.cluster import connect, on_cluster
+
+    with connect(workers=workers, scheduler=scheduler) as client:
+        return run(run=on_cluster(client, recipe, threads=threads))
 
 
 def _same_layout(present: LatentStore, dtype: str | None, shard_rows: int | None) -> None:
