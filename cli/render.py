@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cli.workflows import MatchResult
     from latentstore.encode import EncodeSummary
     from latentstore.results import Figure, Match, Report
+    from latentstore.verify import Verification
 
 _LOG_EVERY = 30.0
 """Seconds between progress lines where standard error is no terminal (a log file)."""
@@ -273,3 +274,37 @@ def demonstrated(result: DemoResult) -> str:
         lines += [figures_table(result.report.figures, group), ""]
     lines += result.report.summary
     return "\n".join([*lines, "", f"The page: {result.html}", f"The figures: {result.json}"])
+
+
+def facts(values: dict[str, Any]) -> str:
+    """Return names and values, one a line, indented where they nest."""
+
+    def lines(value: dict[str, Any], indent: str) -> Iterator[str]:
+        for name, held in value.items():
+            if isinstance(held, dict):
+                yield f"{indent}{name}:"
+                yield from lines(held, indent + "  ")
+            else:
+                yield f"{indent}{name}: {held:,}" if isinstance(held, int) else f"{indent}{name}: {held}"
+
+    return "\n".join(lines(values, ""))
+
+
+def verified(found: Verification, store: Path, repaired: int) -> str:
+    """Return what a check of a store found."""
+    lines = [f"{store}: {found.shards:,} shards, {found.bytes / 1e9:.2f} GB checked"]
+    if repaired:
+        lines.append(f"  {repaired:,} damaged shards were made anew")
+    if found.sampled:
+        lines.append(f"  {found.sampled:,} rows encoded again; the largest difference is {found.worst:.2g}")
+    if found.open_shards:
+        lines.append(f"  {found.open_shards:,} shards are not written yet; run encode again")
+    lines += [
+        f"  DAMAGED {'store' if d.shard is None else f'shard {d.shard}'}: {d.what}: {d.detail}"
+        for d in found.damages[:50]
+    ]
+    if found.damaged_shards and not repaired:
+        lines.append(
+            f"  {len(found.damaged_shards):,} shards to make anew: latentstore verify {store} --repair"
+        )
+    return "\n".join(lines if found.damages else [*lines, "  whole"])

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -54,6 +55,7 @@ from latentstore.shards import (
     write_errors,
 )
 
+SEAL = Path("done") / "seal.json"
 _FOLDERS = ("manifest", "inputs", "done", "projections")
 
 
@@ -213,13 +215,19 @@ def settle(store: LatentStore) -> LatentStore:
     import zarr
 
     rows = store.inputs().num_rows
+    parts = {f"inputs/{p.name}" for p in (store.root / "inputs").glob("part-*.parquet")}
     if rows == len(store):
+        seal = read_seal(store.root)
+        # A growth was killed just before its seal. A seal that is damaged is left for `verify` to tell.
+        if not parts <= seal.keys() and (seal or not (store.root / SEAL).exists()):
+            write_seal(store.root)
         return store
     with write_errors(store.root):
         group: Any = zarr.open_group(store.root, mode="r+")
         # The latents' shape comes last: it is what tells a later call that nothing is left to do.
         group[STATUS].resize((rows,))
         group[LATENTS].resize((rows, store.layout.dim))
+    write_seal(store.root)
     return LatentStore(store.root)
 
 
@@ -286,6 +294,7 @@ def create(root: Path, spec: StoreSpec, inputs: pa.Table) -> LatentStore:
             for name in _FOLDERS:
                 group.create_group(name)
             write_atomic(fresh / "inputs" / "part-000000.parquet", _parquet(inputs))
+            write_seal(fresh)
             fsync_tree(fresh)
             if root.exists():
                 root.rmdir()
@@ -295,6 +304,24 @@ def create(root: Path, spec: StoreSpec, inputs: pa.Table) -> LatentStore:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
     return LatentStore(root)
+
+
+def write_seal(root: Path) -> None:
+    """Record the checksums of the files that only creating and growing a store write."""
+    files = [*root.glob("zarr.json"), *root.glob("*/zarr.json"), *root.glob("inputs/part-*.parquet")]
+    sums = {str(p.relative_to(root)): zlib.crc32(p.read_bytes()) for p in sorted(files)}
+    body = {"files": sums, "crc32": zlib.crc32(canonical_json(sums).encode())}
+    write_atomic(root / SEAL, (json.dumps(body, indent=1) + "\n").encode())
+
+
+def read_seal(root: Path) -> dict[str, int]:
+    """Return the sealed checksums by file; empty when there is no seal, or it fails its own checksum."""
+    try:
+        body = json.loads((root / SEAL).read_bytes())
+        sums: dict[str, int] = body["files"]
+        return sums if body["crc32"] == zlib.crc32(canonical_json(sums).encode()) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _sweep_unfinished(root: Path) -> None:

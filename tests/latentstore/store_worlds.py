@@ -115,7 +115,8 @@ def data_files(root):
     return {
         name: data
         for name, data in tree(root).items()
-        if name != "done/lock" and name != "latents/zarr.json"  # the process; the date
+        # the process; the date; the checksum of the date
+        if name not in ("done/lock", "latents/zarr.json", "done/seal.json")
     }
 
 

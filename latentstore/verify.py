@@ -1,0 +1,240 @@
+"""Is every byte of a store what its records say? Which shards are not, and making only those anew."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from latentstore import images
+from latentstore.encoders import Encoder
+from latentstore.errors import CorruptStoreError, ImageError
+from latentstore.schema import OK
+from latentstore.shards import (
+    Record,
+    latents_file,
+    read_index_is_plain,
+    record_file,
+    status_file,
+)
+from latentstore.sources import Source
+from latentstore.store import SEAL, LatentStore, read_seal
+
+_PIECE = 8 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as recorded. ``shard`` is None where it is not in one shard."""
+
+    shard: int | None
+    what: str
+    detail: str
+
+
+@dataclass
+class Verification:
+    """What was checked and what was found.
+
+    Attributes
+    ----------
+    shards : int
+        Shards checked.
+    bytes : int
+        Bytes read.
+    damages : list of Damage
+    open_shards : int
+        Shards that were never committed: unfinished, not damaged.
+    sampled, worst : int, float
+        Rows encoded again, and the largest difference of one, relative to the row's norm.
+    """
+
+    shards: int = 0
+    bytes: int = 0
+    damages: list[Damage] = field(default_factory=list)
+    open_shards: int = 0
+    sampled: int = 0
+    worst: float = 0.0
+
+    @property
+    def damaged_shards(self) -> list[int]:
+        """The shards to be made anew."""
+        return sorted({d.shard for d in self.damages if d.shard is not None})
+
+
+def verify(store: LatentStore, *, on_rows: Callable[[int, int], None] | None = None) -> Verification:
+    """Check every checksum, record and manifest part against each other and against the committed list.
+
+    Parameters
+    ----------
+    store : LatentStore
+    on_rows : callable, optional
+        Called with (rows checked, damaged rows among them) after each shard.
+    """
+    found = Verification()
+    inputs: Any = None
+    try:
+        inputs = store.inputs()
+        if inputs.num_rows < len(store):
+            found.damages.append(
+                Damage(None, "input list", f"{inputs.num_rows} inputs for {len(store)} rows")
+            )
+            inputs = None
+    except Exception as exc:  # Parquet's readers raise many kinds on flipped bytes
+        found.damages.append(Damage(None, "input list", f"cannot be read ({type(exc).__name__})"))
+    found.damages += _metadata(store)
+    for shard in range(store.layout.n_shards):
+        span = store.layout.span(shard)
+        damages, size = _shard(store, shard, inputs)
+        found.damages += damages
+        found.shards += 1
+        found.bytes += size
+        if not damages and not record_file(store.root, shard).exists():
+            found.open_shards += 1
+        if on_rows is not None:
+            on_rows(len(span), len(span) if damages else 0)
+    return found
+
+
+def sample_again(
+    store: LatentStore, encoder: Encoder, found: Verification, *, rows: int, seed: int = 0
+) -> None:
+    """Encode some rows again from their files, and record those that differ beyond the stored precision.
+
+    The tolerance is 64 times the stored dtype's epsilon, relative to the row's norm: rounding to that dtype
+    is half an epsilon a number; other kernels, libraries or devices move the rest.
+    A file that is gone, or has changed since (by its hash), is passed over.
+    """
+    status = store.status()
+    chosen = np.flatnonzero(status == OK)
+    chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:rows])
+    if not len(chosen):
+        return
+    manifest = store.manifest(["path", "sha256"]).take(chosen).to_pylist()
+    source = Source(_root(store))
+    tolerance = 64 * float(np.finfo(store.layout.dtype).eps)
+    for row, listed in zip(chosen.tolist(), manifest, strict=True):
+        latent = _encode_one(source, encoder, listed, row)
+        if latent is None:
+            continue
+        stored = store.reader.read(row, row + 1)[0].astype(np.float64)
+        difference = float(np.linalg.norm(latent - stored)) / max(float(np.linalg.norm(stored)), 1e-30)
+        found.sampled += 1
+        found.worst = max(found.worst, difference)
+        if difference > tolerance:
+            shard = row // store.layout.shard_rows
+            text = f"row {row} encodes differently now: {difference:.2g}, and {tolerance:.2g} is allowed"
+            found.damages.append(Damage(shard, "latents", text))
+
+
+def discard(store: LatentStore, shards: list[int]) -> None:
+    """Take back the records of damaged shards, so that encoding makes just those anew; needs the lock."""
+    for shard in shards:
+        record_file(store.root, shard).unlink(missing_ok=True)
+
+
+def _root(store: LatentStore) -> Any:
+    from pathlib import Path
+
+    return Path(store.origin["root"])
+
+
+def _encode_one(
+    source: Source, encoder: Encoder, listed: dict[str, Any], row: int
+) -> npt.NDArray[np.float64] | None:
+    try:
+        picture = images.load(source.root / listed["path"], encoder.space.image_size, max_pixels=1 << 40)
+    except (ImageError, OSError):
+        return None
+    if picture.sha256 != listed["sha256"]:
+        return None
+    pixels = np.zeros((encoder.batch, *picture.rgb.shape), np.uint8)
+    pixels[0] = picture.rgb
+    return encoder.encode(pixels, np.full(encoder.batch, row))[0].astype(np.float64)
+
+
+def _metadata(store: LatentStore) -> list[Damage]:
+    """Check the files that belong to no shard against the seal, and the space against its id."""
+    out = []
+    seal = read_seal(store.root)
+    if not seal:
+        out.append(Damage(None, "seal", f"{SEAL} is missing, or does not match its own checksum"))
+    for name, crc in seal.items():
+        try:
+            if zlib.crc32((store.root / name).read_bytes()) != crc:
+                out.append(Damage(None, "metadata", f"{name} does not match its checksum"))
+        except OSError as exc:
+            out.append(Damage(None, "metadata", f"{name} cannot be read ({exc.strerror})"))
+    body = json.loads((store.root / "latents" / "zarr.json").read_text(encoding="utf-8"))
+    recorded = body["attributes"]["latentstore"]["space_id"]
+    if recorded != store.space.id:
+        out.append(Damage(None, "space", f"recorded as {recorded}, its fields hash to {store.space.id}"))
+    return out
+
+
+def _shard(store: LatentStore, shard: int, inputs: Any) -> tuple[list[Damage], int]:
+    record = Record.read(store.root, shard)
+    path = record_file(store.root, shard)
+    if record is None:
+        if path.exists():
+            return [Damage(shard, "record", f"{path.name} does not match its own checksum")], 0
+        return [], 0
+    out: list[Damage] = []
+    if record.space_id != store.space.id:
+        out.append(Damage(shard, "record", f"of space {record.space_id}, not {store.space.id}"))
+    span = store.layout.span(shard)
+    if record.rows != len(span):
+        return [], 0  # grown by an append that is not finished: open, not damaged
+    size = 0
+    try:
+        size = _latents(store, record, out)
+        status = status_file(store.root, shard).read_bytes()
+        part = (store.root / "manifest" / record.manifest_part).read_bytes()
+    except OSError as exc:
+        return [*out, Damage(shard, "file", f"{exc.filename} cannot be read ({exc.strerror})")], size
+    if zlib.crc32(status) != record.status_crc32 or len(status) != store.layout.shard_rows:
+        out.append(Damage(shard, "status", "does not match its checksum"))
+    if zlib.crc32(part) != record.manifest_crc32:
+        out.append(Damage(shard, "manifest", f"{record.manifest_part} does not match its checksum"))
+    elif inputs is not None:
+        out += _agrees(store, record, inputs.slice(span.start, len(span)))
+    return out, size + len(status) + len(part)
+
+
+def _latents(store: LatentStore, record: Record, out: list[Damage]) -> int:
+    """Check the payload's checksum, the padding and the index; return the bytes read."""
+    path = latents_file(store.root, record.shard)
+    expected, crc = store.layout.shard_bytes(record.shard), 0
+    left = record.rows * store.layout.row_bytes
+    with path.open("rb") as file:
+        while left:
+            piece = file.read(min(_PIECE, left))
+            if not piece:
+                break
+            crc, left = zlib.crc32(piece, crc), left - len(piece)
+        tail = file.read()
+    if left or crc != record.latents_crc32:
+        out.append(Damage(record.shard, "latents", "do not match their checksum"))
+    elif not read_index_is_plain(path, store.layout, record.shard):
+        out.append(Damage(record.shard, "index", "is not that of contiguous rows, or fails its checksum"))
+    elif any(tail[: len(tail) - 16 * store.layout.chunks_per_shard - 4]):
+        out.append(Damage(record.shard, "padding", "holds bytes that are not zero"))
+    return expected - left
+
+
+def _agrees(store: LatentStore, record: Record, inputs: Any) -> list[Damage]:
+    names = ["path", "identity", "group", "role", "split"]
+    try:
+        table = store.manifest_part(record)
+    except CorruptStoreError as exc:
+        return [Damage(record.shard, "manifest", str(exc))]
+    if table.select(names).to_pydict() != inputs.select(names).to_pydict():
+        return [Damage(record.shard, "manifest", "differs from the committed input list")]
+    if table["row"].to_pylist() != list(store.layout.span(record.shard)):
+        return [Damage(record.shard, "manifest", "rows are not numbered in order")]
+    return []
