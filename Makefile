@@ -41,6 +41,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cli_start
+	$(BIN)/python -m benchmarks.store_io
 
 # The report is tested in a real browser. Where none is installed and none may be, that test is skipped.
 browser:

@@ -250,7 +250,7 @@ class ShardWriter:
         with np.errstate(over="ignore", invalid="ignore"):
             block = np.array(latents, dtype=f"<f{np.dtype(self.layout.dtype).itemsize}", order="C")
         status = np.array(status, dtype=np.uint8)
-        status[(status == OK) & ~np.isfinite(block).all(axis=1)] = STATUS_CODE["not_finite"]
+        status[(status == OK) & ~_finite_rows(block)] = STATUS_CODE["not_finite"]
         block[status != OK] = 0
         self._write(block)
         self._crc = zlib.crc32(block.data, self._crc)
@@ -317,6 +317,23 @@ class ShardWriter:
         with write_errors(self._target):
             while view:
                 view = view[self._file.write(view) :]
+
+
+def _finite_rows(block: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return ``isfinite(block).all(axis=1)``, read off the bits: several times quicker, float16 above all.
+
+    Infinities and NaNs have the largest exponent: as integers they are at least +inf's bits, or, with the
+    sign bit, as unsigned integers at least -inf's.
+    """
+    size = block.dtype.itemsize
+    limit = np.array([np.inf, -np.inf], block.dtype)
+    signed, unsigned = f"<i{size}", f"<u{size}"
+    if not block.size:
+        return np.ones(len(block), bool)
+    below = block.view(signed).max(axis=1) < limit.view(signed)[0]
+    above = block.view(unsigned).max(axis=1) < limit.view(unsigned)[1]
+    finite: npt.NDArray[np.bool_] = below & above
+    return finite
 
 
 def shard_index(layout: Layout, chunks: int) -> bytes:

@@ -528,3 +528,22 @@ def test_two_first_time_writers(tmp_path):
         store = open_store(root)
         assert store.todo() == []
         assert store.counts() == {"ok": 200}
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4"])
+def test_finite_rows_are_what_isfinite_says(dtype):
+    """Every float16 there is, and random bits of float32, one odd value a row."""
+    from latentstore.shards import _finite_rows
+
+    size = np.dtype(dtype).itemsize
+    if size == 2:
+        values = np.arange(2**16, dtype="<u2").view(dtype)
+    else:
+        values = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype="<u4")
+        values[::3] |= 0x7F800000  # the exponents of infinities and NaNs
+        values = values.view(dtype)
+    for filler in (0, -1, np.finfo(dtype).max, -np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal):
+        block = np.full((len(values), 3), filler, dtype)
+        block[:, 1] = values
+        np.testing.assert_array_equal(_finite_rows(block), np.isfinite(block).all(axis=1))
+    assert _finite_rows(np.empty((0, 4), dtype)).shape == (0,)
