@@ -52,19 +52,25 @@ def progress(
         yield _log(label, unit)
 
 
-def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, int], None]]]:
+def _progress_bar(before_eta: str, after_eta: str = "") -> Any:
+    """Return a transient Rich bar on standard error, with a text before and one after the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn(before_eta),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[bad]}"),
+        TextColumn(after_eta),
+        console=Console(stderr=True),
+        transient=True,
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+
+
+def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, int], None]]]:
+    with _progress_bar("{task.fields[rate]}", "{task.fields[bad]}") as bar:
         task = bar.add_task(label, total=None, rate="", bad="")
         began, done, failed = time.perf_counter(), 0, 0
 
@@ -108,17 +114,7 @@ def steps(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, fl
     if quiet or not sys.stderr.isatty():
         yield lambda step, total, loss: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with _progress_bar("loss {task.fields[loss]:.3f}") as bar:
         task = bar.add_task(label, total=None, loss=0.0)
         yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss)
 
