@@ -89,12 +89,13 @@ def connect(*, workers: int | None = None, scheduler: str | None = None) -> Iter
         with client:
             yield client
         return
+    # A free port for each dashboard: two jobs on one machine must not fight over one.
     # One process each: decoding and encoding then share no interpreter lock, and a crash costs one shard.
     cluster = LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
         processes=True,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         silence_logs="CRITICAL",
     )
     with cluster, Client(cluster, set_as_default=False) as client:

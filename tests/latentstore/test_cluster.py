@@ -119,3 +119,10 @@ def test_unreachable_and_ambiguous_clusters():
     for options in ({}, {"workers": 2, "scheduler": "tcp://127.0.0.1:9"}):
         with pytest.raises(UsageError, match="either"), connect(**options):
             pass
+
+
+def test_two_jobs_on_one_machine(client):
+    """A second local cluster beside the first starts without a word (warnings are errors here)."""
+    with connect(workers=1) as other:
+        assert other.submit(sum, (1, 2)).result(timeout=60) == 3
+        assert other.scheduler.address != client.scheduler.address
