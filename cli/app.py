@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cli import commands
+from cli import commands, store_commands
 from latentstore import __version__
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -34,7 +34,8 @@ def _root(
     del version
 
 
-for _command in commands.COMMANDS:
+COMMANDS = (*commands.COMMANDS, *store_commands.COMMANDS)
+for _command in COMMANDS:
     app.command()(_command)
 
 solve_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_SETTINGS)

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import functools
-import os
-import sys
-import warnings
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-STORE = Path("latents.zarr")
-INTERRUPTED = 130
-_RESUMED = ("encode", "simulate", "demo")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Store = Annotated[Path, typer.Option(help="The store of latents.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+from cli.guard import STORE, Device, Json, Store, command_line, guarded
 
 
 class Preset(StrEnum):
@@ -64,50 +52,6 @@ class BackendOption(StrEnum):
     auto = "auto"
     faiss = "faiss"
     numpy = "numpy"
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn every expected failure into one paragraph and its exit code; our own bugs keep their traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        from latentstore.errors import LatentStoreError
-        from solvers.errors import SolverError
-
-        try:
-            with warnings.catch_warnings():
-                # What is wrong with an image is in its row; Pillow would say it over the progress bar.
-                warnings.filterwarnings("ignore", module="PIL")
-                command(*args, **kwargs)
-        except (LatentStoreError, SolverError) as exc:
-            _fail(str(exc), exc.exit_code)
-        except KeyboardInterrupt:
-            kept = "Finished shards are kept; run" if command.__name__ in _RESUMED else "Run"
-            _fail(f"Stopped. {kept} the same command again to go on.", INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of our output went away (`| head`): not our failure.
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-            raise typer.Exit(0) from None
-        except (PermissionError, OSError) as exc:
-            name = f"{exc.filename}: " if exc.filename else ""
-            full = exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            advice = " The disk is full: make room and run the same command again." if full else ""
-            _fail(f"{name}{exc.strerror or exc}.{advice}", 1)
-
-    return run
-
-
-def _fail(text: str, code: int) -> None:
-    from cli.render import note
-
-    note(f"Error: {text}" if code != INTERRUPTED else text)
-    raise typer.Exit(code)
-
-
-def _command_line() -> str:
-    import shlex
-
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 @guarded
@@ -238,7 +182,7 @@ def solve(
     )
     path = out or Path(f"W-{method}-{rank}.safetensors")
     with render.steps(method, quiet=json_) as progress:
-        solved = solving.solve(store, path, options, progress=progress, command=_command_line())
+        solved = solving.solve(store, path, options, progress=progress, command=command_line())
     render.emit(solved.report.to_dict()) if json_ else render.say(render.solved(solved, path))
 
 
@@ -330,7 +274,7 @@ def evaluate(
     """
     from cli import render, solving
 
-    report = solving.evaluate(store, projection, queries=queries, out=out, command=_command_line())
+    report = solving.evaluate(store, projection, queries=queries, out=out, command=command_line())
     render.emit(report.to_dict()) if json_ else render.say(render.evaluated(report))
 
 
@@ -356,47 +300,11 @@ def demo(
     options = DemoOptions(
         images=images, out=out, rank=rank, limit=limit, image_size=image_size, budget=budget
     )
-    result = run_demo(options, say=(lambda text: None) if json_ else render.say, command=_command_line())
+    result = run_demo(options, say=(lambda text: None) if json_ else render.say, command=command_line())
     if json_:
         render.emit(result.report.to_dict())
     else:
         render.say(render.demonstrated(result))
 
 
-@guarded
-def info(store: Annotated[Path, typer.Argument(help="The store.")] = STORE, json_: Json = False) -> None:
-    """Say what a store is: rows, statuses, space, how it was made, how complete it is.
-
-    Example: latentstore info latents.zarr
-    """
-    from cli import render
-    from cli.keeping import describe_store
-
-    facts = describe_store(store)
-    render.emit(facts) if json_ else render.say(render.facts(facts))
-
-
-@guarded
-def verify(
-    store: Annotated[Path, typer.Argument(help="The store.")] = STORE,
-    sample: Annotated[int, typer.Option(help="Encode so many rows again and compare.", min=0)] = 0,
-    repair: Annotated[bool, typer.Option(help="Make the damaged shards, and only those, anew.")] = False,
-    json_: Json = False,
-) -> None:
-    """Check every checksum, record and manifest of a store; name what is damaged (exit 3).
-
-    Example: latentstore verify latents.zarr --sample 16
-    """
-    from cli import render
-    from cli.keeping import run_verify
-
-    with render.progress("verify", "rows", quiet=json_) as (on_start, on_rows):
-        found, repaired = run_verify(store, sample=sample, repair=repair, on_start=on_start, on_rows=on_rows)
-    render.emit({**render.plain(found), "repaired": repaired}) if json_ else render.say(
-        render.verified(found, store, repaired)
-    )
-    if found.damages:
-        raise typer.Exit(3)
-
-
-COMMANDS = (demo, encode, simulate, solve, match, evaluate, info, verify)
+COMMANDS = (demo, encode, simulate, solve, match, evaluate)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from latentstore import images
 from latentstore.errors import UsageError
 from latentstore.manifest import list_folder, list_manifest
 
@@ -59,6 +62,32 @@ class Source:
                 f"as relative to {self.root.absolute()} (the first: {paths[0]}). Name the folder they are "
                 f"relative to: latentstore encode FOLDER --manifest {self.manifest}."
             )
+
+    def load(
+        self, listed: Mapping[str, Any], size: int, *, max_pixels: int = images.MAX_PIXELS
+    ) -> images.Pixels:
+        """Read, hash, decode and resize one listed image.
+
+        Parameters
+        ----------
+        listed : mapping
+            ``path`` and ``path_raw`` of :data:`~latentstore.manifest.INPUT_SCHEMA`.
+        size : int
+            Side of the square result, in pixels.
+        max_pixels : int
+
+        Raises
+        ------
+        ImageError
+            With the row's ``status`` and ``reason``.
+        """
+        raw = listed.get("path_raw")
+        name = os.fsdecode(raw) if raw is not None else str(listed["path"])
+        # An absolute path in a manifest is meant; a relative one stays in the folder.
+        anywhere = self.follow_links or Path(name).is_absolute()
+        return images.load(
+            self.root / name, size, root=None if anywhere else self.root, max_pixels=max_pixels
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return what the store records of its source."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,17 +122,8 @@ class ShardTask:
         return first, batch
 
     def _load(self, row: dict[str, Any]) -> images.Pixels | ImageError:
-        name = os.fsdecode(row["path_raw"]) if row["path_raw"] is not None else row["path"]
-        root = self.source.root
-        # An absolute path in a manifest is meant; a relative one stays in the folder.
-        anywhere = self.source.follow_links or Path(name).is_absolute()
         try:
-            return images.load(
-                root / name,
-                self.encoder.space.image_size,
-                root=None if anywhere else root,
-                max_pixels=self.max_pixels,
-            )
+            return self.source.load(row, self.encoder.space.image_size, max_pixels=self.max_pixels)
         except ImageError as exc:
             return exc
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from latentstore import images
 from latentstore.encoders import Encoder
 from latentstore.errors import CorruptStoreError, ImageError
 from latentstore.schema import OK
@@ -148,7 +147,7 @@ def _encode_one(
     source: Source, encoder: Encoder, listed: dict[str, Any], row: int
 ) -> npt.NDArray[np.float64] | None:
     try:
-        picture = images.load(source.root / listed["path"], encoder.space.image_size, max_pixels=1 << 40)
+        picture = source.load(listed, encoder.space.image_size, max_pixels=1 << 40)
     except (ImageError, OSError):
         return None
     if picture.sha256 != listed["sha256"]:

@@ -51,8 +51,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 def test_every_command_shows_an_example() -> None:
     from typer.testing import CliRunner
 
-    from cli.app import app
-    from cli.commands import COMMANDS
+    from cli.app import COMMANDS, app
 
     for command in COMMANDS:
         text = CliRunner().invoke(app, [command.__name__, "--help"]).output
