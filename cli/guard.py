@@ -62,6 +62,7 @@ def _fail(text: str, code: int) -> None:
 
 
 def command_line() -> str:
+    """Return the command as typed, for reports that say how to reproduce them."""
     import shlex
 
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
