@@ -8,6 +8,9 @@ import io
 import os
 import stat
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,18 +39,21 @@ class Pixels:
     width, height : int
         Of the file, after its EXIF orientation.
     bytes, mtime, sha256
-        Of the file; ``mtime`` in nanoseconds.
+        Of the file; ``mtime`` in nanoseconds, None where there is none (some URLs).
     note : str
         What a reader should know (``"first of 3 frames"``), or empty.
+    decode_seconds : float
+        That decoding and resizing took, on the clock of their thread.
     """
 
     rgb: npt.NDArray[np.uint8]
     width: int
     height: int
     bytes: int
-    mtime: int
+    mtime: int | None
     sha256: str
     note: str = ""
+    decode_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,13 @@ class FileFacts:
 
     data: bytes
     bytes: int
-    mtime: int
+    mtime: int | None
     sha256: str
+
+
+def hashed(data: bytes, mtime: int | None) -> FileFacts:
+    """Measure and hash the bytes of a file."""
+    return FileFacts(data, len(data), mtime, hashlib.sha256(data).hexdigest())
 
 
 def read_file(path: Path, root: Path | None = None) -> FileFacts:
@@ -74,27 +85,47 @@ def read_file(path: Path, root: Path | None = None) -> FileFacts:
     ImageError
         Status ``missing``, ``link_outside``, ``too_large`` or ``unreadable``.
     """
+    with regular_file(path, root) as (fd, facts):
+        if facts.st_size > MAX_BYTES:
+            raise ImageError("too_large", f"{facts.st_size} bytes, more than {MAX_BYTES}")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            data = file.read()
+    return hashed(data, facts.st_mtime_ns)
+
+
+@contextmanager
+def regular_file(path: Path, root: Path | None = None) -> Iterator[tuple[int, os.stat_result]]:
+    """Yield a regular file's descriptor and facts; what goes wrong inside is named as in :func:`read_file`.
+
+    Raises
+    ------
+    ImageError
+    """
     try:
         if root is not None and not path.resolve().is_relative_to(root.resolve()):
             raise ImageError("link_outside", "a link, or .. in the path, leads outside the image folder")
         # Non-blocking, so that a named pipe called x.jpg cannot hang the job.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
+        try:
             facts = os.fstat(fd)
             if not stat.S_ISREG(facts.st_mode):
                 raise ImageError("unreadable", "not a regular file")
-            if facts.st_size > MAX_BYTES:
-                raise ImageError("too_large", f"{facts.st_size} bytes, more than {MAX_BYTES}")
-            data = file.read()
-    except FileNotFoundError as exc:
-        raise ImageError("missing", "the file was listed but is not there") from exc
+            yield fd, facts
+        finally:
+            os.close(fd)
     except ImageError:
         raise
     except (OSError, RuntimeError, ValueError) as exc:  # a loop of links; a NUL in the name
-        if isinstance(exc, OSError) and exc.errno in _NOT_THE_IMAGES_FAULT:
-            raise
-        raise ImageError("unreadable", str(getattr(exc, "strerror", None) or exc)) from exc
-    return FileFacts(data, len(data), facts.st_mtime_ns, hashlib.sha256(data).hexdigest())
+        raise not_readable(exc) from exc
+
+
+def not_readable(exc: Exception) -> ImageError:
+    """Return the row's error for a failure to open or read; a failure of the machine is raised as it is."""
+    if isinstance(exc, FileNotFoundError):
+        return ImageError("missing", "the file was listed but is not there")
+    if isinstance(exc, OSError) and exc.errno in _NOT_THE_IMAGES_FAULT:
+        raise exc
+    return ImageError("unreadable", str(getattr(exc, "strerror", None) or exc))
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
@@ -170,7 +201,18 @@ def load(path: Path, size: int, *, root: Path | None = None, max_pixels: int = M
     ImageError
         With ``status`` and ``reason`` for the row. ``facts`` is set on it when the file could be read.
     """
-    facts = read_file(path, root)
+    return picture(read_file(path, root), size, max_pixels=max_pixels)
+
+
+def picture(facts: FileFacts, size: int, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode and resize an image whose bytes were read, from wherever they come.
+
+    Raises
+    ------
+    ImageError
+        As :func:`load`.
+    """
+    began = time.perf_counter()
     try:
         image, note = decode(facts.data, max_pixels=max_pixels)
         rgb = resize(image, size)
@@ -178,7 +220,8 @@ def load(path: Path, size: int, *, root: Path | None = None, max_pixels: int = M
         # Without the bytes: a folder of huge files must not pile up in memory.
         exc.facts = replace(facts, data=b"")
         raise
-    return Pixels(rgb, image.width, image.height, facts.bytes, facts.mtime, facts.sha256, note)
+    spent = time.perf_counter() - began
+    return Pixels(rgb, image.width, image.height, facts.bytes, facts.mtime, facts.sha256, note, spent)
 
 
 def thumbnail(path: Path, size: int = 128, *, max_pixels: int = MAX_PIXELS) -> bytes:

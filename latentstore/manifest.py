@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -73,6 +76,47 @@ MANIFEST_SCHEMA = pa.schema(
 """One row an image. ``mtime`` is in nanoseconds since 1970; ``group`` is what the split was hashed from."""
 
 
+_BLOCK = 4096
+"""Listed rows that are Python objects at a time."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SECRET = re.compile(
+    r"(^|[-_.])(key|sig|auth|pwd)$|apikey|accesskey|authorization|credential|passw|secret|signature|token"
+    r"|^x-(amz|goog)-",
+    re.IGNORECASE,
+)
+
+
+def is_url(name: str) -> bool:
+    """Tell whether a name says by which protocol it is read (``s3://…``)."""
+    return _URL.match(name) is not None
+
+
+def refuse_secrets(url: str) -> None:
+    """Refuse a URL that carries a password or a token: it would stand in the store for ever.
+
+    Raises
+    ------
+    ManifestError
+        Also for a URL that cannot be parsed, has no host, or chains several protocols.
+    """
+    bare = url.partition("?")[0]
+    shown = bare.rpartition("@")[2] if "@" in bare else bare
+    try:
+        parts = urlsplit(url)
+        web = parts.scheme.lower() in ("http", "https")
+        secret = parts.password is not None or (web and parts.username is not None)
+        secret = secret or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, True))
+    except ValueError as exc:
+        raise ManifestError(f"The URL of {shown} is malformed ({exc}).") from exc
+    if secret:
+        raise ManifestError(
+            f"The URL of {shown} carries a password, key or token, which would stand in the store for ever. "
+            "Leave it out: credentials come from the environment or from fsspec's own configuration."
+        )
+    if "::" in url or (web and not parts.hostname):
+        raise ManifestError(f"{shown} names no single file or folder: one protocol and one host are needed.")
+
+
 def display_name(raw: bytes) -> str:
     r"""Return a file name as text; bytes that are not UTF-8 become ``\xNN``."""
     return raw.decode("utf-8", "backslashreplace")
@@ -97,6 +141,20 @@ def list_folder(folder: Path, *, follow_links: bool = False) -> pa.Table:
     UsageError
         The folder is missing, no folder, unreadable, or holds no image file.
     """
+    check_folder(folder)
+    names = sorted(files_below(folder, IMAGE_SUFFIXES, follow_links=follow_links))
+    if not names:
+        raise no_images(folder)
+    return input_table(named_row(n) for n in names)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises
+    ------
+    UsageError
+    """
     if not folder.exists():
         raise UsageError(
             f"There is no folder {folder} (looked in {Path.cwd()}). Name the folder that holds your images: "
@@ -104,25 +162,39 @@ def list_folder(folder: Path, *, follow_links: bool = False) -> pa.Table:
         )
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder. Name the folder that holds your images.")
-    names = sorted(_walk(os.fsencode(folder), follow_links))
-    if not names:
-        raise UsageError(
-            f"{folder} holds no image files (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also "
-            "in subfolders)."
-        )
-    return input_table({"path": display_name(n), "path_raw": _raw_if_needed(n)} for n in names)
 
 
-def _walk(folder: bytes, follow_links: bool) -> Iterator[bytes]:
+def no_images(folder: Path | str) -> UsageError:
+    """Return the error for a folder without images."""
+    return UsageError(
+        f"{folder} holds no image files (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also "
+        "in subfolders)."
+    )
+
+
+def files_below(folder: Path, suffixes: Collection[str], *, follow_links: bool = False) -> Iterator[bytes]:
+    """Yield the files below a folder that end in one of the suffixes, relative to it, in no order."""
+
     def refuse(exc: OSError) -> None:
         raise UsageError(f"Cannot read the folder {exc.filename!r}: {exc.strerror}.") from exc
 
-    for where, folders, files in os.walk(folder, followlinks=follow_links, onerror=refuse):
+    top = os.fsencode(folder)
+    for where, folders, files in os.walk(top, followlinks=follow_links, onerror=refuse):
         # Hidden folders hold caches and trash, not collections.
         folders[:] = [name for name in folders if not name.startswith(b".")]
         for name in files:
-            if os.path.splitext(os.fsdecode(name))[1].lower() in IMAGE_SUFFIXES and not name.startswith(b"."):  # noqa: PTH122
-                yield os.path.relpath(os.path.join(where, name), folder)  # noqa: PTH118
+            if suffix_of(os.fsdecode(name)) in suffixes and not name.startswith(b"."):
+                yield os.path.relpath(os.path.join(where, name), top)  # noqa: PTH118
+
+
+def suffix_of(name: str) -> str:
+    """Return a name's last suffix in lower case, with its dot."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def named_row(raw: bytes) -> dict[str, Any]:
+    """Return the row of a file of which only the name is known."""
+    return {"path": display_name(raw), "path_raw": _raw_if_needed(raw)}
 
 
 def _raw_if_needed(raw: bytes) -> bytes | None:
@@ -171,6 +243,8 @@ def list_manifest(path: Path) -> pa.Table:
     for number, row in enumerate(rows):
         if not row["path"]:
             raise ManifestError(f"{path}: row {number + 1} has an empty path.")
+        if is_url(str(row["path"])):
+            refuse_secrets(str(row["path"]))
         if str(row["path"]) in seen:
             raise ManifestError(f"{path}: {row['path']} is listed twice (again in row {number + 1}).")
         seen.add(str(row["path"]))
@@ -185,41 +259,54 @@ def input_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     ManifestError
         An unknown role or split, or one identity in two splits.
     """
-    filled: list[dict[str, Any]] = []
-    split_by_identity: dict[str, str] = {}
-    for row in rows:
-        path = str(row["path"])
-        by_name, role_by_name = identity_and_role(path)
-        identity = _text(row.get("identity"), by_name)
-        # A named identity without a role is a reference unless the file name says more.
-        role = _text(row.get("role"), role_by_name)
-        group = _text(row.get("group"), identity)
-        split = _text(row.get("split"), split_of(group))
-        if role not in ROLES:
-            raise ManifestError(f"{path}: role is {role!r}; it must be one of {', '.join(ROLES)}.")
-        if split not in SPLITS:
-            raise ManifestError(f"{path}: split is {split!r}; it must be one of {', '.join(SPLITS)}.")
-        if split_by_identity.setdefault(identity, split) != split:
-            raise ManifestError(
-                f"identity {identity!r} is in two splits ({split_by_identity[identity]} and {split}): "
-                "what is learned on one would leak into the other. Give all its rows one split or group."
-            )
-        strength = row.get("strength")
-        filled.append(
-            {
-                "path": path,
-                "path_raw": row.get("path_raw"),
-                "identity": identity,
-                "group": group,
-                "role": role,
-                "split": split,
-                "source": _text(row.get("source"), "file"),
-                "model": _text(row.get("model"), ""),
-                "prompt": _text(row.get("prompt"), ""),
-                "strength": None if strength is None else float(strength),
-            }
+    rows, tables, hashed = iter(rows), [], True
+    # A few rows at a time: as Python objects they take ten times the room of the table's own.
+    while block := list(islice(rows, _BLOCK)):
+        hashed = hashed and not any(row.get("split") or row.get("group") for row in block)
+        tables.append(pa.Table.from_pylist([_listed_row(row) for row in block], schema=INPUT_SCHEMA))
+    table = pa.concat_tables(tables).combine_chunks() if tables else INPUT_SCHEMA.empty_table()
+    if not hashed:  # the hash of an identity is one split
+        _refuse_two_splits(table)
+    return table
+
+
+def _listed_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    path = str(row["path"])
+    by_name, role_by_name = identity_and_role(path)
+    identity = _text(row.get("identity"), by_name)
+    # A named identity without a role is a reference unless the file name says more.
+    role = _text(row.get("role"), role_by_name)
+    group = _text(row.get("group"), identity)
+    split = _text(row.get("split"), split_of(group))
+    if role not in ROLES:
+        raise ManifestError(f"{path}: role is {role!r}; it must be one of {', '.join(ROLES)}.")
+    if split not in SPLITS:
+        raise ManifestError(f"{path}: split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+    strength = row.get("strength")
+    return {
+        "path": path,
+        "path_raw": row.get("path_raw"),
+        "identity": identity,
+        "group": group,
+        "role": role,
+        "split": split,
+        "source": _text(row.get("source"), "file"),
+        "model": _text(row.get("model"), ""),
+        "prompt": _text(row.get("prompt"), ""),
+        "strength": None if strength is None else float(strength),
+    }
+
+
+def _refuse_two_splits(table: pa.Table) -> None:
+    splits = table.group_by("identity", use_threads=False).aggregate([("split", "count_distinct")])
+    torn = splits.filter(pc.greater(splits["split_count_distinct"], 1))["identity"]
+    if len(torn):
+        identity = torn[0].as_py()
+        found = table.filter(pc.equal(table["identity"], identity))["split"].unique().to_pylist()
+        raise ManifestError(
+            f"identity {identity!r} is in two splits ({found[0]} and {found[1]}): "
+            "what is learned on one would leak into the other. Give all its rows one split or group."
         )
-    return pa.Table.from_pylist(filled, schema=INPUT_SCHEMA)
 
 
 def _text(value: Any, default: str) -> str:
@@ -236,31 +323,36 @@ def new_inputs(listed: pa.Table, committed: pa.Table) -> pa.Table:
         A committed path is listed otherwise than it was, or a new row would put a committed identity into
         a second split.
     """
+    if listed.equals(committed):  # the usual case, told without a hash table of every path
+        return listed.slice(0, 0)
     _refuse_changes(listed, committed)
-    known = pc.is_in(listed["path"], value_set=committed["path"].combine_chunks())
-    new = listed.filter(pc.invert(known))
+    new = listed.filter(pc.invert(pc.is_in(listed["path"], value_set=committed["path"])))
     if new.num_rows:
-        was = dict(zip(committed["identity"].to_pylist(), committed["split"].to_pylist(), strict=True))
-        for identity, split in zip(new["identity"].to_pylist(), new["split"].to_pylist(), strict=True):
-            if was.get(identity, split) != split:
-                raise ManifestError(
-                    f"identity {identity!r} is in split {was[identity]} of the store, its new rows are in "
-                    f"{split}: what is learned on one would leak into the other. Give them the same split."
-                )
+        at = pc.index_in(new["identity"], value_set=committed["identity"])
+        known, was = new.filter(pc.is_valid(at)), committed["split"].take(at.drop_null())
+        moved = pc.index(pc.equal(known["split"], was), False).as_py()
+        if moved >= 0:
+            raise ManifestError(
+                f"identity {known['identity'][moved].as_py()!r} is in split {was[moved].as_py()} of the "
+                f"store, its new rows are in {known['split'][moved].as_py()}: what is learned on one would "
+                "leak into the other. Give them the same split."
+            )
     return new
 
 
 def _refuse_changes(listed: pa.Table, committed: pa.Table) -> None:
-    names = [n for n in INPUT_SCHEMA.names if n not in ("path_raw", "strength")]
-    now = {row["path"]: row for row in listed.select(names).to_pylist()}
-    for row in committed.select(names).to_pylist():
-        other = now.get(row["path"], row)
-        for name in names:
-            if other[name] != row[name]:
-                raise ManifestError(
-                    f"{row['path']}: {name} is now {other[name]!r}; the store was made with {row[name]!r}. "
-                    "Committed rows do not change: undo it, or encode the new list into another --store."
-                )
+    at = pc.index_in(committed["path"], value_set=listed["path"])
+    was, now = committed.filter(pc.is_valid(at)), listed.take(at.drop_null())
+    for name in INPUT_SCHEMA.names:
+        if name in ("path", "path_raw", "strength"):
+            continue
+        changed = pc.index(pc.equal(was[name], now[name]), False).as_py()
+        if changed >= 0:
+            raise ManifestError(
+                f"{was['path'][changed].as_py()}: {name} is now {now[name][changed].as_py()!r}; the store "
+                f"was made with {was[name][changed].as_py()!r}. Committed rows do not change: undo it, or "
+                "encode the new list into another --store."
+            )
 
 
 def manifest_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

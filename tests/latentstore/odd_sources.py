@@ -1,0 +1,75 @@
+"""Sources that workers and child processes import: instant, noisy, failing, or deadly."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentstore.images import Pixels
+from latentstore.manifest import input_table
+from latentstore.sources import Source
+
+
+@dataclass(frozen=True)
+class Blank(Source):
+    """Pictures that are on no disk: every one is black."""
+
+    rows: int = 0
+
+    def list(self):
+        return input_table({"path": f"{i:06d}.png"} for i in range(self.rows))
+
+    def load(self, listed, size, *, max_pixels=0):
+        return Pixels(np.zeros((size, size, 3), np.uint8), 1, 1, 0, 0, "0" * 64)
+
+
+@dataclass(frozen=True)
+class Slow(Source):
+    """Takes its time to read."""
+
+    pause: float = 0.0
+
+    def load(self, listed, size, *, max_pixels=0):
+        time.sleep(self.pause)
+        return super().load(listed, size)
+
+
+class Odd(Source):
+    """Behaves as the file's name says."""
+
+    def load(self, listed, size, *, max_pixels=0):
+        name = listed["path"]
+        if "kill" in name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "exit" in name:
+            os._exit(7)
+        if "once" in name:  # the first process that tries it dies
+            try:
+                os.unlink(self.root / f"{name}.fresh")  # noqa: PTH108
+            except FileNotFoundError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if "io" in name:
+            raise OSError(errno.EIO, "the disk is gone")
+        if "unpicklable" in name:
+            raise RuntimeError("held by", lambda: None)
+        if "print" in name:
+            print("a decoder that talks", flush=True)  # noqa: T201
+        return super().load(listed, size)
+
+
+class Unloadable(Source):
+    """Cannot be built anew in another process."""
+
+    def __reduce__(self):
+        return _refuse, ()
+
+
+def _refuse():
+    raise ValueError("not in this process")
