@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from store_worlds import SIZE, encode_patch, picture
+from vae_worlds import build, load, pictures
 
 import latentstore
 from latentstore.encode import Source, encode
-from latentstore.encoders import PatchEncoder, load_encoder, load_for, patches, row_noise
+from latentstore.encoders import PatchEncoder, load_for, patches, row_noise
 from latentstore.errors import EncoderError, SpaceMismatchError, UsageError
 from latentstore.store import open_store
-
-
-def pictures(n, size=SIZE, seed=0):
-    return np.stack([np.asarray(picture(seed + i, size, size)) for i in range(n)])
-
 
 # --- patch -------------------------------------------------------------------------------------------
 
@@ -128,30 +125,6 @@ def test_row_noise():
 # --- diffusers ---------------------------------------------------------------------------------------
 
 
-def build(kind, seed=0, **options):
-    import diffusers
-    import torch
-
-    torch.manual_seed(seed)
-    if kind == "AutoencoderKL":
-        settings = {
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (8, 8, 8, 8),
-            "norm_num_groups": 4,
-            "latent_channels": 4,
-            "layers_per_block": 1,
-        }
-    else:
-        settings = {
-            "encoder_block_out_channels": (8, 8, 8, 8),
-            "decoder_block_out_channels": (8, 8, 8, 8),
-            "num_encoder_blocks": (1, 1, 1, 1),
-            "num_decoder_blocks": (1, 1, 1, 1),
-        }
-    return getattr(diffusers, kind)(**settings | options).eval()
-
-
 @pytest.fixture(scope="module")
 def kl(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kl") / "vae"
@@ -164,10 +137,6 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "taesd"
     build("AutoencoderTiny").save_pretrained(folder, safe_serialization=True)
     return folder
-
-
-def load(folder, **options):
-    return load_encoder(str(folder), **{"image_size": SIZE, "device": "cpu"} | options)
 
 
 def test_kl_latents_are_the_raw_posterior_mean(kl, photos, tmp_path):
@@ -193,21 +162,6 @@ def test_kl_latents_are_the_raw_posterior_mean(kl, photos, tmp_path):
         # A batch of 16 and one of 1 sum their convolutions in other orders: float32, some dozen layers.
         np.testing.assert_allclose(store.reader.gather([row])[0], expected, rtol=1e-4, atol=1e-5)
         assert np.abs(store.reader.gather([row])[0] * 0.18215 - expected).max() > 1e-2
-
-
-def test_tiny_latents_are_the_models(tiny):
-    import diffusers
-    import torch
-
-    encoder = load(tiny)
-    assert encoder.space.posterior == "deterministic"
-    assert encoder.space.encoder == "AutoencoderTiny"
-    x = pictures(3)
-    model = diffusers.AutoencoderTiny.from_pretrained(tiny, use_safetensors=True).eval()
-    unit = torch.from_numpy((x.astype(np.float32) / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
-    with torch.inference_mode():
-        expected = model.encode(unit).latents.flatten(1).numpy()
-    np.testing.assert_allclose(encoder.encode(x, np.arange(3)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_pipeline_folder_holds_its_vae(kl, tmp_path):
@@ -340,8 +294,6 @@ def test_a_pickled_checkpoint_is_refused(kl, tmp_path):
 
 @pytest.mark.parametrize("size", [0, 7, 5000])
 def test_a_damaged_checkpoint_is_refused(kl, tmp_path, size):
-    import os
-
     shutil.copytree(kl, tmp_path / "vae")
     os.truncate(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", size)
     refused(tmp_path / "vae", "cannot be loaded")
@@ -380,10 +332,27 @@ def test_checkpoints_of_older_diffusers_load(kl, tmp_path):
     assert load(tmp_path / "vae").space.id == load(kl).space.id
 
 
-@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning")  # diffusers to huggingface_hub
 def test_a_hub_name_offline_is_one_paragraph():
     text = refused("nobody-has/this-model", "could not be had from the hub")
     assert "name the folder" in text
+
+
+def test_an_unreachable_hub_is_told_at_once_and_quietly():
+    """Not after minutes of retries, each told in two lines of the hub's client."""
+    code = (
+        "from latentstore.encoders import load_encoder\n"
+        "from latentstore.errors import EncoderError\n"
+        "try: load_encoder('nobody-has/this-model', device='cpu')\n"
+        "except EncoderError as exc: print(exc)\n"
+    )
+    # A port of this machine where nothing listens.
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=env
+    )
+    assert "could not be had from the hub" in run.stdout
+    assert (len(run.stdout.splitlines()), run.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:99", "meta0"])

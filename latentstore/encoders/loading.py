@@ -1,0 +1,115 @@
+"""Encoders by name, and the encoder that a store was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentstore.encoders.base import Encoder
+from latentstore.encoders.devices import DTYPES, Precision, pick_device
+from latentstore.encoders.diffusers_models import DiffusersEncoder
+from latentstore.encoders.patch import PatchEncoder
+from latentstore.errors import EncoderError, UsageError
+from latentstore.schema import Posterior, Space
+
+BUILT_IN = ("patch",)
+DEFAULT = "patch"
+
+
+def load_encoder(
+    name: str = DEFAULT,
+    *,
+    image_size: int = 256,
+    posterior: Posterior = "mean",
+    seed: int = 0,
+    device: str = "auto",
+    revision: str | None = None,
+    precision: Precision = "auto",
+    compiled: bool = False,
+    batch: int | None = None,
+) -> Encoder:
+    """Return an encoder by name: a built-in one, a local folder, or a hub name.
+
+    The parameters are :class:`DiffusersEncoder`'s. They are plain values, so that a worker in another process
+    can build the same encoder from them.
+
+    Raises
+    ------
+    EncoderError
+    UsageError
+    """
+    if name in BUILT_IN:
+        if compiled or precision not in ("auto", "fp32"):
+            asked = "--compile" if compiled else f"--precision {precision}"
+            raise UsageError(
+                f"The {name} encoder is no network: it runs in float32, as it stands. Leave {asked} out, or "
+                "name a network with --encoder."
+            )
+        return PatchEncoder(image_size, batch)
+    if not (Path(name).exists() or _looks_like_hub_name(name)):
+        raise EncoderError(
+            f"There is no encoder {name!r}: it is not built in ({', '.join(BUILT_IN)}), no folder of that "
+            f"name is in {Path.cwd()}, and it is no hub name (OWNER/NAME, for example "
+            "stabilityai/stable-diffusion-2)."
+        )
+    return DiffusersEncoder(
+        name,
+        image_size=image_size,
+        posterior=posterior,
+        seed=seed,
+        device=device,
+        revision=revision,
+        precision=precision,
+        compiled=compiled,
+        batch=batch,
+    )
+
+
+def recorded_settings(facts: Mapping[str, Any], device: str = "auto") -> dict[str, Any]:
+    """Return how a store's rows were computed, as ``load_encoder`` takes it: precision, batch, compiled.
+
+    Nothing on another kind of device than then: what suits a GPU can be very slow on a CPU.
+    """
+    if facts.get("name") in BUILT_IN:
+        return {}
+    kind = "cpu" if facts.get("device", "cpu") == "cpu" else "cuda"
+    if pick_device(device).type != kind:
+        return {}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {
+        "precision": names.get(facts.get("dtype", ""), "auto"),
+        "batch": facts.get("batch"),
+        "compiled": facts.get("compiled", False),
+    }
+
+
+def load_for(space: Space, facts: Mapping[str, Any], *, device: str = "auto") -> Encoder:
+    """Load the encoder that a store was made with, in the precision of then if the device is of that kind.
+
+    Raises
+    ------
+    EncoderError
+        It cannot be found any more, or its weights have changed since.
+    """
+    encoder = load_encoder(
+        str(facts["name"]),
+        image_size=space.image_size,
+        posterior=space.posterior,
+        seed=space.seed or 0,
+        device=device,
+        revision=facts.get("revision"),
+        # Compiling takes longer than the few pictures that are compared with a store.
+        **recorded_settings(facts, device) | {"compiled": False},
+    )
+    if encoder.space.id != space.id:
+        raise EncoderError(
+            f"Encoder {facts['name']!r} is now space {encoder.space.id}, but the store was made in space "
+            f"{space.id}: its weights or settings have changed. Use the weights of then, or encode again."
+        )
+    return encoder
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
