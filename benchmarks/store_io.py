@@ -24,11 +24,12 @@ import tensorstore
 import zarr
 
 from latentstore import results
+from latentstore.create import create
 from latentstore.manifest import input_table, manifest_table
 from latentstore.results import Figure, Report
 from latentstore.schema import OK, Layout, Space, StoreSpec
 from latentstore.shards import ShardWriter
-from latentstore.store import LatentStore, create, open_store
+from latentstore.store import LatentStore, open_store
 
 DIM, PER_IDENTITY, SHARD, ROUNDS = 4096, 21, 4032, 5
 OUT = Path(__file__).parent / "results" / "store_io.json"

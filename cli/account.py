@@ -72,7 +72,7 @@ def describe(collection: Collection, queries: Queries, evaluation: Evaluation) -
     """Return what the figures were measured on."""
     store = collection.store
     return {
-        "store": str(store.root),
+        "store": str(store.path),
         "encoder": store.provenance.get("encoder", {}).get("name", ""),
         "space": store.space.id,
         "dim": store.layout.dim,
@@ -108,9 +108,11 @@ def caveats(collection: Collection, queries: Queries, evaluation: Evaluation) ->
         out.append(f"{evaluation.n_without_origin} queries have no origin in the gallery and are left out.")
     if evaluation.n_copies:
         out.append(
-            f"{evaluation.n_copies} held-out queries were left out: a copy of their origin, byte for byte, "
+            f"{evaluation.n_copies} held-out queries were left out: a copy or near-duplicate of their origin "
             "stands in a split that was fitted or chosen on."
         )
+    if collection.near[1]:
+        out.append(collection.near[1])
     n_pairs = len(collection.pairs("train")[1])
     if 0 < n_pairs < collection.store.layout.dim:
         out.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from cli import commands, store_commands
@@ -44,6 +46,8 @@ solve_app.command(name="solve")(commands.solve)
 
 def main() -> None:
     """Run ``latentstore``."""
+    # Arrow's own allocator keeps a heap for each thread: tens of megabytes more with every list it reads.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     app()
 
 

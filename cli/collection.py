@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from latentstore.errors import UsageError
+from latentstore.groups import Groups, load
 from latentstore.schema import OK, SPLITS
 from latentstore.store import LatentStore, open_store
 from solvers.data import PairData
@@ -90,8 +91,16 @@ class Collection:
         return np.flatnonzero(self.ok & np.isin(self.role, ("origin", "reference")))
 
     @cached_property
-    def _copies(self) -> dict[str, str]:
-        """Identity → the one name of all identities whose pictures are, byte for byte, the same."""
+    def near(self) -> tuple[Groups | None, str]:
+        """The kept groups of near-duplicates, or None and why there are none to use."""
+        return load(self.store)
+
+    def near_of(self, relation: Literal["group", "component"]) -> dict[int, int]:
+        """Return row → group (or component) of near-duplicates; empty when none are known."""
+        return {} if self.near[0] is None else self.near[0].of(relation)
+
+    def _merge(self, near: Mapping[int, int]) -> dict[str, str]:
+        """Return identity → the one name of all that share a file's content or a near-duplicate."""
         parent: dict[str, str] = {}
 
         def name(identity: str) -> str:
@@ -99,33 +108,54 @@ class Collection:
                 identity = parent[identity]
             return identity
 
-        first: dict[str, str] = {}
-        for row in self.gallery:
+        first: dict[Any, str] = {}
+        for row in self.gallery.tolist():
             identity = self.identity[row]
-            if self.sha256[row]:
-                one, other = name(identity), name(first.setdefault(self.sha256[row], identity))
-                if one != other:
-                    parent[max(one, other)] = min(one, other)
+            for shared in (self.sha256[row] or None, near.get(row)):
+                if shared is not None:
+                    one, other = name(identity), name(first.setdefault(shared, identity))
+                    if one != other:
+                        parent[max(one, other)] = min(one, other)
         return {identity: name(identity) for identity in parent}
 
+    @cached_property
+    def _one_origin(self) -> dict[str, str]:
+        return self._merge(self.near_of("group"))
+
+    @cached_property
+    def _one_chain(self) -> dict[str, str]:
+        return self._merge(self.near_of("component"))
+
     def labels(self, identities: Any) -> npt.NDArray[Any]:
-        """Return what counts as one origin: copies of one file do, or none of them could be right."""
-        return np.array([self._copies.get(i, i) for i in identities], dtype=object)
+        """Return what counts as one origin: copies and near-duplicates do, or none of them could be right."""
+        return np.array([self._one_origin.get(i, i) for i in identities], dtype=object)
+
+    @cached_property
+    def twins(self) -> dict[int, Rows]:
+        """Gallery row → all rows that show the same picture, where there is more than one."""
+        near, shown = self.near_of("group"), dict[Any, list[int]]()
+        for row in self.gallery.tolist():
+            shown.setdefault(near.get(row, self.sha256[row] or row), []).append(row)
+        return {row: np.array(rows) for rows in shown.values() if len(rows) > 1 for row in rows}
 
     @cached_property
     def _earliest_split(self) -> dict[str, int]:
         found: dict[str, int] = {}
-        for label, split in zip(
-            self.labels(self.identity[self.gallery]), self.split[self.gallery], strict=True
-        ):
-            found[label] = min(found.get(label, len(SPLITS)), SPLITS.index(split))
+        for identity, split in zip(self.identity[self.gallery], self.split[self.gallery], strict=True):
+            chain = self._one_chain.get(identity, identity)
+            found[chain] = min(found.get(chain, len(SPLITS)), SPLITS.index(split))
         return found
 
-    def is_clean(self, labels: Any, splits: Any) -> npt.NDArray[np.bool_]:
-        """Tell of which queries no copy of the origin stands in an earlier split (train, then validation)."""
-        earliest = self._earliest_split
-        pairs = zip(labels, splits, strict=True)
-        return np.array([earliest.get(x, len(SPLITS)) >= SPLITS.index(s) for x, s in pairs], bool)
+    def is_clean(self, identities: Any, splits: Any) -> npt.NDArray[np.bool_]:
+        """Tell of which queries no copy of the origin stands in an earlier split (train, then validation).
+
+        A near-duplicate counts, also one that is reached only through others: it may still leak.
+        """
+        earliest, chains = self._earliest_split, self._one_chain
+        pairs = zip(identities, splits, strict=True)
+        return np.array(
+            [earliest.get(chains.get(i, i), len(SPLITS)) >= SPLITS.index(s) for i, s in pairs], bool
+        )
 
     @cached_property
     def translations(self) -> Rows:
@@ -208,7 +238,7 @@ class Collection:
         """
         if not len(self.gallery):
             raise UsageError(
-                f"{self.store.root} holds no valid origin or reference image among its {len(self.ok)} rows: "
+                f"{self.store.path} holds no valid origin or reference image among its {len(self.ok)} rows: "
                 "there is nothing to search in."
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,15 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class PrecisionOption(StrEnum):
+    """What the encoder computes in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class PosteriorOption(StrEnum):
     """Which latent of the VAE's posterior is kept."""
 
@@ -56,8 +65,13 @@ class BackendOption(StrEnum):
 
 @guarded
 def encode(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[IMAGES]", help="Folder of images.", show_default="images")
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGES]",
+            help="A folder, tar shards (a .tar, 'shards/*.tar', 'photos-{000..009}.tar'), or the URL of one.",
+            show_default="images",
+        ),
     ] = None,
     store: Store = STORE,
     encoder: Annotated[
@@ -79,8 +93,26 @@ def encode(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of a new store.", show_default="float16")] = None,
     shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard, a multiple of 84.")] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="Compress a new store: zstd, blosc, or bitround:K (K bits of the mantissa; lossy).",
+            show_default="none: rows are read in place",
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub repository.")] = None,
     device: Device = "auto",
+    precision: Annotated[
+        PrecisionOption | None,
+        typer.Option(help="Of the encoder: fp32 on a CPU, bf16 on a GPU that has it.", show_default="auto"),
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the encoder first.", show_default="no"),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images encoded at once.", show_default="by device", min=1)
+    ] = None,
     follow_links: Annotated[bool, typer.Option(help="Accept links that lead out of the folder.")] = False,
     max_pixels: Annotated[
         int, typer.Option(help="Larger images are recorded, not decoded.", min=1)
@@ -93,37 +125,77 @@ def encode(
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Encode on the Dask cluster at this address.")] = None,
     retry_bad: Annotated[bool, typer.Option(help="Make shards with bad rows anew.")] = False,
+    retry_changed: Annotated[
+        bool, typer.Option("--retry-changed", help="Make shards anew that hold files changed since.")
+    ] = False,
+    check_sources: Annotated[
+        bool,
+        typer.Option(
+            "--check-sources", help="Read committed files to find changes, not only size and time."
+        ),
+    ] = False,
+    skip_unreachable: Annotated[
+        bool,
+        typer.Option("--skip-unreachable", help="Record URLs that do not answer as missing, and go on."),
+    ] = False,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="Decode in processes apart: slower; a crash costs one row.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, from a sample, and write nothing.")
+    ] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 3 when any row is not ok.")] = False,
     json_: Json = False,
 ) -> None:
     """Encode every image once into a store of latents; run it again to resume or to append new files.
 
+    Tar shards are read in WebDataset's layout, without unpacking; URLs by fsspec (s3://, gs://, https://).
+
     Example: latentstore encode photos --store latents.zarr
     """
     from cli import render
+    from cli.planning import run_plan
+    from cli.progress import tracked
+    from cli.render_plan import planned
     from cli.workflows import run_encode
 
-    with render.progress("encode", "images", quiet=json_) as (on_start, on_rows):
+    options: dict[str, Any] = {
+        "encoder": encoder,
+        "manifest": manifest,
+        "image_size": image_size,
+        "posterior": posterior and posterior.value,
+        "seed": seed,
+        "dtype": dtype and dtype.value,
+        "shard_rows": shard_rows,
+        "codec": codec,
+        "device": device,
+        "precision": precision and precision.value,
+        "compiled": compiled,
+        "batch": batch,
+        "revision": revision,
+        "follow_links": follow_links,
+        "max_pixels": max_pixels,
+        "threads": threads,
+        "skip_unreachable": skip_unreachable,
+    }
+    if dry_run:
+        found = run_plan(images, store, **options)
+        render.emit(render.plain(found)) if json_ else render.say(planned(found))
+        return
+    with tracked("encode", "images", quiet=json_) as shown:
         summary = run_encode(
-            folder,
+            images,
             store,
-            encoder=encoder,
-            manifest=manifest,
-            image_size=image_size,
-            posterior=cast("Any", posterior and posterior.value),
-            seed=seed,
-            dtype=dtype and dtype.value,
-            shard_rows=shard_rows,
-            device=device,
-            revision=revision,
-            follow_links=follow_links,
-            max_pixels=max_pixels,
-            threads=threads,
+            **options,
             retry_bad=retry_bad,
+            retry_changed=retry_changed,
+            check_sources=check_sources,
+            isolate=isolate,
             workers=workers,
             scheduler=scheduler,
-            on_start=on_start,
-            on_rows=on_rows,
+            on_start=shown.on_start,
+            on_rows=shown.on_rows,
+            on_times=shown.on_times,
         )
     render.emit(summary.__dict__) if json_ else render.say(render.encode_summary(summary))
     if strict and summary.counts.get("ok", 0) != summary.rows:

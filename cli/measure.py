@@ -50,7 +50,8 @@ class Evaluation:
     """Figures, in the results schema, and the measurements behind them.
 
     ``n_references`` rows were ranked; ``n_without_origin`` queries have no origin among them and are left
-    out, as are ``n_copies`` of whose origin a copy stands in a split that was fitted or chosen on.
+    out, as are ``n_copies`` of whose origin a copy or near-duplicate stands in a split that was fitted or
+    chosen on.
     """
 
     figures: list[Figure] = field(default_factory=list)
@@ -99,7 +100,7 @@ def evaluate(
     reference_labels = gallery.labels(gallery.identity[rows])
     labels, known = gallery.labels(queries.identity), set(reference_labels.tolist())
     findable = np.array([x in known for x in labels], bool)
-    clean = gallery.is_clean(labels, queries.collection.split[queries.rows])
+    clean = gallery.is_clean(queries.identity, queries.collection.split[queries.rows])
     asked = Queries(queries.collection, queries.rows[findable & clean], queries.group)
     labels = labels[findable & clean]
     out.n_references, out.n_without_origin = len(rows), int((~findable).sum())
@@ -163,7 +164,8 @@ def affordable(gallery: Collection, queries: Queries, columns: int) -> Rows:
     rows = gallery.gallery
     if len(rows) <= room:
         return rows
-    wanted = np.isin(gallery.identity[rows], queries.identity)
+    asked = set(gallery.labels(queries.identity).tolist())
+    wanted = np.array([label in asked for label in gallery.labels(gallery.identity[rows])], bool)
     others = np.random.default_rng(0).permutation(rows[~wanted])
     return np.sort(np.concatenate([rows[wanted], others[: max(0, room - int(wanted.sum()))]]))
 

@@ -1,27 +1,27 @@
-"""What a person sees in the terminal: progress, tables, plain sentences; and JSON for machines."""
+"""What a person sees in the terminal: tables, plain sentences; and JSON for machines."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from cli.progress import progress as progress
+from cli.progress import shares
+from cli.progress import steps as steps
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cli.demo import DemoResult
+    from cli.duplicates import NearDuplicates
     from cli.solving import Solved
     from cli.workflows import MatchResult
     from latentstore.encode import EncodeSummary
+    from latentstore.removal import Removal
     from latentstore.results import Figure, Match, Report
     from latentstore.verify import Verification
-
-_LOG_EVERY = 30.0
-"""Seconds between progress lines where standard error is no terminal (a log file)."""
-
 
 def say(text: str = "") -> None:
     """Print to standard output; control characters (of a hostile file name, say) are spelled out."""
@@ -37,86 +37,6 @@ def note(text: str) -> None:
 def emit(value: Any) -> None:
     """Print one JSON value to standard output."""
     say(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
-@contextmanager
-def progress(
-    label: str, unit: str, *, quiet: bool = False
-) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, int], None]]]:
-    """Yield (on_start, on_rows) that draw a bar with rate and ETA; log lines where there is no terminal."""
-    if quiet:
-        yield (lambda todo, total: None), (lambda rows, bad: None)
-    elif sys.stderr.isatty():
-        yield from _bar(label, unit)
-    else:
-        yield _log(label, unit)
-
-
-def _progress_bar(before_eta: str, after_eta: str = "") -> Any:
-    """Return a transient Rich bar on standard error, with a text before and one after the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn(before_eta),
-        TimeRemainingColumn(),
-        TextColumn(after_eta),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, int], None]]]:
-    with _progress_bar("{task.fields[rate]}", "{task.fields[bad]}") as bar:
-        task = bar.add_task(label, total=None, rate="", bad="")
-        began, done, failed = time.perf_counter(), 0, 0
-
-        def on_start(todo: int, total: int) -> None:
-            del total
-            bar.update(task, total=todo)
-
-        def on_rows(rows: int, bad: int) -> None:
-            nonlocal done, failed
-            done, failed = done + rows, failed + bad
-            rate = done / max(time.perf_counter() - began, 1e-9)
-            bar.update(
-                task, advance=rows, rate=f"{rate:,.0f} {unit}/s", bad=f"{failed} bad" if failed else ""
-            )
-
-        yield on_start, on_rows
-
-
-def _log(label: str, unit: str) -> tuple[Callable[[int, int], None], Callable[[int, int], None]]:
-    began, last, done, failed, total = time.perf_counter(), time.perf_counter(), 0, 0, 0
-
-    def on_start(todo: int, of: int) -> None:
-        nonlocal total
-        del of
-        total = todo
-
-    def on_rows(rows: int, bad: int) -> None:
-        nonlocal done, failed, last
-        done, failed, now = done + rows, failed + bad, time.perf_counter()
-        if now - last >= _LOG_EVERY:
-            last, rate = now, done / (now - began)
-            left = (total - done) / rate
-            note(f"{label}: {done:,} of {total:,}, {rate:,.0f} {unit}/s, {left:,.0f} s left, {failed} bad")
-
-    return on_start, on_rows
-
-
-@contextmanager
-def steps(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, float], None]]:
-    """Yield a callback (step, steps, loss) that draws the course of a training run."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda step, total, loss: None
-        return
-    with _progress_bar("loss {task.fields[loss]:.3f}") as bar:
-        task = bar.add_task(label, total=None, loss=0.0)
-        yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss)
 
 
 def table(header: list[str], rows: Iterable[list[str]], *, left: int = 1) -> str:
@@ -164,8 +84,13 @@ def matches_table(matches: list[Match]) -> str:
     out = []
     for match in matches:
         rows = [[str(i + 1), f"{c.score:.4f}", printable(c.path)] for i, c in enumerate(match.candidates)]
+        header = ["rank", "score", "origin"]
+        if any(c.near for c in match.candidates):
+            near = [f"+ {len(c.near):,} near-duplicate{'s' * (len(c.near) > 1)}" for c in match.candidates]
+            header.append("")
+            rows = [[*r, n * bool(c.near)] for r, n, c in zip(rows, near, match.candidates, strict=True)]
         margin = "" if match.margin is None else f"   margin to the runner-up {match.margin:.4f}"
-        out.append(f"{printable(match.query)}{margin}\n" + table(["rank", "score", "origin"], rows, left=0))
+        out.append(f"{printable(match.query)}{margin}\n" + table(header, rows, left=0))
     return "\n\n".join(out)
 
 
@@ -181,7 +106,9 @@ def encode_summary(summary: EncodeSummary) -> str:
     kept = summary.rows - summary.encoded
     lines = [f"{summary.store}: {summary.rows:,} rows"]
     if summary.encoded:
-        lines.append(f"  encoded {summary.encoded:,} now in {total:.1f} s{rate}")
+        where = "" if summary.ran_on == "this process" else f" on {summary.ran_on}"
+        lines.append(f"  encoded {summary.encoded:,} now in {total:.1f} s{rate}{where}")
+        lines.append(f"  its time: {shares(summary.seconds)}")
     if kept:
         lines.append(f"  {kept:,} were there already")
     if summary.appended:
@@ -189,11 +116,28 @@ def encode_summary(summary: EncodeSummary) -> str:
     bad = {k: v for k, v in summary.counts.items() if k != "ok"}
     lines.append(f"  {summary.counts.get('ok', 0):,} ok" + "".join(f", {v:,} {k}" for k, v in bad.items()))
     lines += [f"  Warning: {w}; rows encoded now may differ in their last bits" for w in summary.warnings]
+    lines += [f"  Note: {note}" for note in summary.notes]
+    lines += _changed_files(summary)
     lines += [f"    {printable(path)}: {status}: {reason}" for path, status, reason in summary.bad]
     more = sum(bad.values()) - len(summary.bad)
     if summary.bad and more > 0:
         lines.append(f"    and {more:,} more; all are in the manifest")
     return "\n".join(lines)
+
+
+def _changed_files(summary: EncodeSummary) -> list[str]:
+    """Return the warning about files of committed rows that are not as they were read."""
+    if not summary.changed:
+        return []
+    counts = ", ".join(f"{n:,} {what}" for what, n in summary.changed.items())
+    named = ", ".join(printable(path) for path, _ in summary.changed_first)
+    text = f"  Warning: committed files are not as they were read: {counts} ({named}). Their rows are kept."
+    if summary.changed.keys() - {"missing"}:
+        text += (
+            f" latentstore verify {summary.store} --check-sources tells which hold something else; "
+            "encode --retry-changed makes the shards of those anew."
+        )
+    return [text]
 
 
 def plain(value: Any) -> Any:
@@ -260,7 +204,44 @@ def matched(found: MatchResult) -> str:
         matches_table(found.matches),
     ]
     lines += [f"\n{printable(name)} cannot be read: {why}" for name, why in found.unreadable]
+    if found.note:
+        lines.append(f"\nNote: {found.note}")
     return "\n".join(lines)
+
+
+def near_duplicates(found: NearDuplicates) -> str:
+    """Return the groups of near-duplicates, in the terminal: the first ten, and how they were told."""
+    facts, shown = found.settings, 10
+    largest = max(map(len, found.groups), default=0)
+    among = f"{found.rows:,} of {facts['rows compared']:,} images in them, the largest of {largest:,}"
+    lines = [
+        f"{found.store}: {len(found.groups):,} groups of near-duplicates, {among}",
+        f"  score: {facts['score']} ({facts['directions']} directions); compared: {facts['search']}",
+        f"  threshold {facts['threshold']:.3f}, set by {facts['set by']}{_expectation(facts)}",
+    ]
+    if "candidates sampled" in facts:
+        lines.append(
+            f"  of {facts['candidates sampled']:,} candidates among all pairs of 1,000 images, the search "
+            f"found {facts['candidates found']:,}"
+        )
+    if facts["pairs between groups"]:
+        lines.append(
+            f"  {facts['pairs between groups']:,} of {facts['pairs']:,} pairs lie between two groups: a "
+            "chain of small steps is not made one origin, but is kept from leaking between splits"
+        )
+    for number, group in enumerate(found.groups[:shown], start=1):
+        lines.append(f"\n  group {number}: {len(group)} images")
+        lines += [f"    {score:.3f}  {printable(path)}" for path, score in group[:shown]]
+        if len(group) > shown:
+            lines.append(f"    and {len(group) - shown:,} more")
+    if len(found.groups) > shown:
+        lines.append(f"\n  and {len(found.groups) - shown:,} groups more; --json lists all")
+    return "\n".join(lines)
+
+
+def _expectation(facts: dict[str, Any]) -> str:
+    expected = facts.get("different pairs expected")
+    return "" if expected is None else f"; at most {expected:.2g} pairs of different images expected above it"
 
 
 def demonstrated(result: DemoResult) -> str:
@@ -303,4 +284,39 @@ def verified(found: Verification, store: Path, repaired: int) -> str:
         lines.append(
             f"  {len(found.damaged_shards):,} shards to make anew: latentstore verify {store} --repair"
         )
-    return "\n".join(lines if found.damages else [*lines, "  whole"])
+    lines += [] if found.damages else ["  whole"]
+    return "\n".join([*lines, *_sources(found)])
+
+
+_CHANGED = {
+    "missing": "are gone or cannot be read",
+    "size": "have another size",
+    "mtime": "have another time of modification; --check-sources reads them to tell what they hold",
+    "content": "hold something else",
+    "touched": "were only touched: they hold what was read",
+}
+
+
+def _sources(found: Verification) -> list[str]:
+    """Return what became of the files that a store was made from."""
+    if found.sources is None:
+        return []
+    lines = []
+    for what, text in _CHANGED.items():
+        here = [change.path for change in found.sources if change.what == what]
+        if here:
+            lines += [f"  SOURCES: {len(here):,} files {text}", *(f"    {printable(p)}" for p in here[:10])]
+            lines += [f"    and {len(here) - 10:,} more"] if len(here) > 10 else []
+    if any(change.what in ("size", "content") for change in found.sources):
+        lines.append("  latentstore encode ... --retry-changed makes the shards of changed files anew")
+    return lines or ["  every source file is as it was read"]
+
+
+def removed(done: Removal) -> str:
+    """Return what a takedown did."""
+    rows = f"{len(done.rows):,} row{'s' * (len(done.rows) != 1)}"
+    arrays = f" of {len(done.arrays)} arrays" if len(done.arrays) > 1 else ""
+    return (
+        f"{done.store}: {rows} removed; {done.shards:,} shards{arrays} were replaced, and what was derived "
+        "from them was deleted. Image files, and stores simulated from this one, were not touched."
+    )

@@ -154,7 +154,7 @@ def fit(
         provenance={
             "latentstore": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "store": collection.store.root.name,
+            "store": collection.store.path.name,
             "encoder": collection.store.provenance.get("encoder", {}).get("name"),
             **{
                 k: facts[k]
@@ -283,9 +283,9 @@ def _no_pairs(collection: Collection, method: str) -> str:
     n, total = len(collection.translations), len(collection.gallery)
     held = f"{n} pairs, none in the training split" if n else "no pairs"
     return (
-        f"--method {method} learns from pairs (an origin and its translation), and {collection.store.root} "
+        f"--method {method} learns from pairs (an origin and its translation), and {collection.store.path} "
         f"holds {held}: {total} images without translations. Three ways on: --method analytic needs the "
-        f"collection alone; latentstore simulate --store {collection.store.root} --out simulated.zarr makes "
+        f"collection alone; latentstore simulate --store {collection.store.path} --out simulated.zarr makes "
         "pairs by the analytic diffusion; or encode your own translations with --manifest LIST.csv (columns "
         "path,identity,role) or by names like T000123.jpg and T000123_1.jpg."
     )
@@ -333,7 +333,7 @@ def _fit_cosface(
     if len(names) < 2:
         raise UsageError(
             f"CosFace tells identities apart and needs at least 2 with pairs in the training split; "
-            f"{collection.store.root} has {len(names)}. Encode more images, or use --method analytic."
+            f"{collection.store.path} has {len(names)}. Encode more images, or use --method analytic."
         )
     if options.preset == "paper":
         cfg = preset_paper(rank=rank, seed=options.seed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli.guard import STORE, Json, StoreArgument, guarded
+from cli.guard import STORE, Device, Json, Store, StoreArgument, guarded
 
 
 @guarded
@@ -27,22 +28,152 @@ def verify(
     store: StoreArgument = STORE,
     sample: Annotated[int, typer.Option(help="Encode so many rows again and compare.", min=0)] = 0,
     repair: Annotated[bool, typer.Option(help="Make the damaged shards, and only those, anew.")] = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Also find image files of another size or time than was read.")
+    ] = False,
+    check_sources: Annotated[
+        bool, typer.Option("--check-sources", help="Also read the image files, and find other contents.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Check every checksum, record and manifest of a store; name what is damaged (exit 3).
 
-    Example: latentstore verify latents.zarr --sample 16
+    Example: latentstore verify latents.zarr --sample 16 --sources
     """
     from cli import render
     from cli.keeping import run_verify
 
     with render.progress("verify", "rows", quiet=json_) as (on_start, on_rows):
-        found, repaired = run_verify(store, sample=sample, repair=repair, on_start=on_start, on_rows=on_rows)
+        found, repaired = run_verify(
+            store,
+            sample=sample,
+            repair=repair,
+            sources=sources,
+            content=check_sources,
+            on_start=on_start,
+            on_rows=on_rows,
+        )
     render.emit({**render.plain(found), "repaired": repaired}) if json_ else render.say(
         render.verified(found, store, repaired)
     )
-    if found.damages:
+    if found.findings:
         raise typer.Exit(3)
 
 
-COMMANDS = (info, verify)
+@guarded
+def remove(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[IMAGE]...", help="Paths as the store lists them, or picture files."),
+    ] = None,
+    identity: Annotated[list[str] | None, typer.Option(help="Remove all rows of an identity.")] = None,
+    store: Store = STORE,
+    reason: Annotated[str, typer.Option(help="Recorded with the rows.")] = "taken down",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json_: Json = False,
+) -> None:
+    """Take images down: zeros in every array, facts out of the manifest, and never encoded again.
+
+    Copies of the same content go with them. Without any image it finishes a removal that was interrupted.
+    The image files themselves are not touched.
+
+    Example: latentstore remove cats/0007.jpg --store latents.zarr --reason "request 12"
+    """
+    from cli import render
+    from cli.takedown import choose, run_remove
+
+    chosen = choose(store, images or [], identity or [])
+    if chosen.rows and not yes:
+        listed = "".join(f"\n  {render.printable(p)}" for p in chosen.paths[:20])
+        more = f"\n  and {len(chosen.rows) - 20:,} more" if len(chosen.rows) > 20 else ""
+        render.note(f"{len(chosen.rows):,} rows of {store} will be zeroed for good:{listed}{more}")
+        typer.confirm("Remove them?", abort=True, err=True)
+    done = run_remove(store, chosen.rows, reason=reason)
+    render.emit(render.plain(done)) if json_ else render.say(render.removed(done))
+
+
+@guarded
+def migrate(store: StoreArgument = STORE, json_: Json = False) -> None:
+    """Bring a store of an older schema up to date; encode does so, too. Latents are not touched.
+
+    Example: latentstore migrate latents.zarr
+    """
+    from cli import render
+    from cli.keeping import run_migrate
+
+    before, after = run_migrate(store)
+    text = f"is of schema {after}"
+    if before != after:
+        text = f"was of schema {before}, and {text} now"
+    render.emit({"before": before, "after": after}) if json_ else render.say(f"{store} {text}.")
+
+
+@guarded
+def plan(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGES]", help="A folder, tar shards, or the URL of one.", show_default="images"
+        ),
+    ] = None,
+    store: Store = STORE,
+    encoder: Annotated[str | None, typer.Option(help="As for encode.", show_default="patch")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="As for encode.")] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(help="Also for so many rows; repeat it.", show_default="2M, 100M", min=1),
+    ] = None,
+    machines: Annotated[str, typer.Option(help="For so many machines like this one.")] = "1,4,16",
+    sample: Annotated[int, typer.Option(help="Images to try at least; 0 measures nothing.", min=0)] = 32,
+    image_size: Annotated[int | None, typer.Option(help="As for encode.", min=8)] = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Say what encoding will take (rows, bytes, hours) from a measured sample, before anything is written.
+
+    encode --dry-run does the same with any of encode's options. What cannot fit on the disk is refused.
+
+    Example: latentstore plan photos --rows 2000000 --machines 1,8
+    """
+    from cli import render
+    from cli.planning import run_plan
+    from cli.render_plan import planned
+
+    found = run_plan(
+        images,
+        store,
+        encoder=encoder,
+        manifest=manifest,
+        rows=rows,
+        machines=machines,
+        sample=sample,
+        image_size=image_size,
+        device=device,
+    )
+    render.emit(render.plain(found)) if json_ else render.say(planned(found))
+
+
+@guarded
+def duplicates(
+    store: StoreArgument = STORE,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Least score, a cosine.", show_default="0.85 to 0.95, by the images' own scores"),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Find near-duplicate origins (re-compressed, resized, brightened) and group them, in the store.
+
+    evaluate and match then count a group as one origin.
+
+    Example: latentstore duplicates latents.zarr
+    """
+    from cli import render
+    from cli.duplicates import run_duplicates
+
+    with render.progress("duplicates", "images", quiet=json_) as (on_start, on_rows):
+        found = run_duplicates(store, threshold=threshold, on_start=on_start, on_rows=on_rows)
+    render.emit(render.plain(found)) if json_ else render.say(render.near_duplicates(found))
+
+
+COMMANDS = (plan, info, verify, remove, migrate, duplicates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,21 @@ from latentstore.encode import EncodeSummary, Source, encode
 from latentstore.errors import ImageError, StoreWriteError, UsageError
 from latentstore.manifest import list_folder
 from latentstore.results import Candidate, Match
-from latentstore.schema import Posterior, check_space
+from latentstore.schema import LATENTS, Posterior, check_space
 from latentstore.simulate import Diffusion, GaussianPrior, simulate
-from latentstore.store import LatentStore, exists, open_store
+from latentstore.store import LatentStore, exists, locate, open_store
 from solvers.errors import ProjectionFormatError
 from solvers.projection import Projection
 from solvers.spectrum import fit_spectrum
 
+Named = str | Path | Sequence[str | Path] | None
+"""What a user names: a folder, a URL, a pattern, or several tar shards."""
 OnStart = Callable[[int, int], None]
 OnRows = Callable[[int, int], None]
 
 
 def run_encode(
-    folder: Path | None,
+    folder: Named | Source,
     store: Path,
     *,
     encoder: str | None = None,
@@ -40,18 +42,27 @@ def run_encode(
     seed: int | None = None,
     dtype: str | None = None,
     shard_rows: int | None = None,
+    codec: str | None = None,
     device: str = "auto",
+    precision: encoders.Precision | None = None,
+    compiled: bool | None = None,
+    batch: int | None = None,
     revision: str | None = None,
     follow_links: bool = False,
+    skip_unreachable: bool = False,
     max_pixels: int = images.MAX_PIXELS,
     threads: int | None = None,
     retry_bad: bool = False,
+    retry_changed: bool = False,
+    check_sources: bool = False,
+    isolate: bool = False,
     workers: int | None = None,
     scheduler: str | None = None,
     on_start: OnStart | None = None,
     on_rows: OnRows | None = None,
+    on_times: Callable[[dict[str, float]], None] | None = None,
 ) -> EncodeSummary:
-    """Encode a folder or manifest into a store.
+    """Encode a folder, tar shards, a URL or a manifest into a store.
 
     An existing store goes on with its own settings; any other that is named is refused.
 
@@ -62,24 +73,25 @@ def run_encode(
     SpaceMismatchError
         Another encoder, image size, posterior or seed than the existing store's.
     """
-    # Listed before a model is loaded, so that a wrong path is told at once.
-    source = Source.of(folder, manifest, follow_links=follow_links)
-    source.list()
-    present = open_store(store) if exists(store) else None
-    if present is None:
-        name, space = encoder or encoders.DEFAULT, None
-    else:
-        _same_layout(present, dtype, shard_rows)
-        facts, space = present.provenance["encoder"], present.space
-        name, revision = encoder or str(facts["name"]), revision or facts.get("revision")
-    recipe: dict[str, Any] = {
-        "name": name,
-        "image_size": image_size or (space.image_size if space else 256),
-        "posterior": posterior or (space.posterior if space else "mean"),
-        "seed": seed if seed is not None else (space.seed or 0 if space else 0),
-        "device": device,
-        "revision": revision,
-    }
+    source, recipe = what_to_encode(
+        folder,
+        store,
+        encoder=encoder,
+        manifest=manifest,
+        image_size=image_size,
+        posterior=posterior,
+        seed=seed,
+        dtype=dtype,
+        shard_rows=shard_rows,
+        codec=codec,
+        device=device,
+        precision=precision,
+        compiled=compiled,
+        batch=batch,
+        revision=revision,
+        follow_links=follow_links,
+        skip_unreachable=skip_unreachable,
+    )
     run = partial(
         encode,
         source,
@@ -87,26 +99,95 @@ def run_encode(
         encoders.load_encoder(**recipe),
         dtype=dtype or "float16",
         shard_rows=shard_rows,
+        codec=codec,
         max_pixels=max_pixels,
         threads=threads,
         retry_bad=retry_bad,
+        retry_changed=retry_changed,
+        check_sources=check_sources,
+        isolate=isolate,
         on_start=on_start,
         on_rows=on_rows,
+        on_times=on_times,
     )
     if workers is None and scheduler is None:
         return run()
-    from latentstore.cluster import connect, on_cluster
+    from latentstore.cluster import connect, describe, on_cluster
 
     with connect(workers=workers, scheduler=scheduler) as client:
-        return run(run=on_cluster(client, recipe, threads=threads))
+        summary = run(run=on_cluster(client, recipe, threads=threads))
+        summary.ran_on = describe(client)
+    return summary
 
 
-def _same_layout(present: LatentStore, dtype: str | None, shard_rows: int | None) -> None:
+def what_to_encode(
+    folder: Named | Source,
+    store: Path,
+    *,
+    encoder: str | None = None,
+    manifest: Path | None = None,
+    image_size: int | None = None,
+    posterior: Posterior | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    shard_rows: int | None = None,
+    codec: str | None = None,
+    device: str = "auto",
+    precision: encoders.Precision | None = None,
+    compiled: bool | None = None,
+    batch: int | None = None,
+    revision: str | None = None,
+    follow_links: bool = False,
+    skip_unreachable: bool = False,
+) -> tuple[Source, dict[str, Any]]:
+    """Return the images, and the arguments of :func:`~latentstore.encoders.load_encoder`.
+
+    What is left open comes from the store when there is one. Raises like :func:`run_encode`.
+    """
+    # Listed before a model is loaded, so that a wrong path is told at once.
+    group, _ = locate(store)
+    if isinstance(folder, Source):
+        source = folder
+    elif folder is None and manifest is None and exists(group):
+        source = Source.recorded(open_store(group).origin)
+    else:
+        source = Source.of(folder, manifest, follow_links=follow_links, skip_unreachable=skip_unreachable)
+    source.check()
+    present = open_store(store) if exists(store) else None
+    settings: dict[str, Any] = {}
+    if present is None:
+        name, space = encoder or encoders.DEFAULT, None
+    else:
+        _same_layout(present, dtype, shard_rows, codec)
+        facts, space = present.provenance["encoder"], present.space
+        name, revision = encoder or str(facts["name"]), revision or facts.get("revision")
+        if name == facts["name"]:
+            settings = encoders.recorded_settings(facts, device)
+    recipe: dict[str, Any] = {
+        "name": name,
+        "image_size": image_size or (space.image_size if space else 256),
+        "posterior": posterior or (space.posterior if space else "mean"),
+        "seed": seed if seed is not None else (space.seed or 0 if space else 0),
+        "device": device,
+        "revision": revision,
+        "precision": precision or settings.get("precision", "auto"),
+        "compiled": settings.get("compiled", False) if compiled is None else compiled,
+        "batch": batch or settings.get("batch"),
+    }
+    return source, recipe
+
+
+def _same_layout(present: LatentStore, dtype: str | None, shard_rows: int | None, codec: str | None) -> None:
     layout = present.layout
-    for name, asked, has in (("dtype", dtype, layout.dtype), ("shard-rows", shard_rows, layout.shard_rows)):
+    settled = (
+        ("dtype", dtype, layout.dtype),
+        ("shard-rows", shard_rows, layout.shard_rows),
+        ("codec", codec, layout.codec),
+    )
+    for name, asked, has in settled:
         if asked not in (None, has):
             raise UsageError(
-                f"--{name} is {asked}, but {present.root} was made with {has}; it is settled when a store is "
+                f"--{name} is {asked}, but {present.path} was made with {has}; it is settled when a store is "
                 f"made. Leave --{name} out to go on, or choose another --store."
             )
 
@@ -133,11 +214,11 @@ def run_simulate(
     if store.absolute() == out.absolute():
         raise UsageError(f"--store and --out are both {out}; simulated latents go into a store of their own.")
     fitted_on = collection if prior is None else Collection.open(prior)
-    check_space(fitted_on.store.space.id, collection.store.space.id, what=f"--prior {fitted_on.store.root}")
+    check_space(fitted_on.store.space.id, collection.store.space.id, what=f"--prior {fitted_on.store.path}")
     rows = fitted_on.gallery[fitted_on.split[fitted_on.gallery] == "train"]
     if len(rows) < 2:
         raise UsageError(
-            f"{fitted_on.store.root} has {len(rows)} valid images in its training split (8 identities in 10, "
+            f"{fitted_on.store.path} has {len(rows)} valid images in its training split (8 identities in 10, "
             "by hash); the simulator fits its prior on at least 2. Encode more images."
         )
     spectrum = fit_spectrum(_Blocks(fitted_on, rows), fitted_on.store.layout.dim, len(rows))
@@ -173,6 +254,7 @@ class MatchResult:
     method: str
     made: bool
     backend: str
+    note: str = ""
 
 
 def run_match(
@@ -213,27 +295,43 @@ def run_match(
             )
             for at in range(0, len(collection.gallery), BLOCK)
         ),
-        max(top, 10),
+        max(top, 10) + _hidden(collection, max(top, 10)),
         backend=backend,
     )
     matches = [
         Match(
             query=name_,
             group="",
-            margin=_margin(s, collection.identity[found]),
-            candidates=[
-                Candidate(str(collection.path[r]), str(collection.identity[r]), float(v))
-                for v, r in zip(s[:top], found[:top], strict=True)
-            ],
+            margin=_margin(s, collection.labels(collection.identity[found])),
+            candidates=_origins(collection, s, found)[:top],
         )
         for name_, s, found in zip(names, scores, rows, strict=True)
     ]
-    return MatchResult(matches, unreadable, name, W.method, made, chosen)
+    return MatchResult(matches, unreadable, name, W.method, made, chosen, collection.near[1])
 
 
-def _margin(scores: Any, identities: Any) -> float | None:
-    """Return the top score less the best of another identity, or None when no other is near the top."""
-    others = np.flatnonzero(identities != identities[0])
+def _hidden(collection: Collection, top: int) -> int:
+    """Return how many rows at most the copies and near-duplicates of ``top`` origins can take up."""
+    sizes = sorted((len(rows) for row, rows in collection.twins.items() if row == rows[0]), reverse=True)
+    return sum(sizes[:top]) - len(sizes[:top])
+
+
+def _origins(collection: Collection, scores: Any, rows: Any) -> list[Candidate]:
+    """Return ranked rows as candidates, each origin once: its best row, with the others' paths."""
+    found: list[Candidate] = []
+    seen: set[int] = set()
+    for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
+        if row not in seen:
+            others = [r for r in collection.twins.get(row, np.empty(0, np.int64)).tolist() if r != row]
+            seen |= {row, *others}
+            path, identity = str(collection.path[row]), str(collection.identity[row])
+            found.append(Candidate(path, identity, score, near=[str(p) for p in collection.path[others]]))
+    return found
+
+
+def _margin(scores: Any, labels: Any) -> float | None:
+    """Return the top score less the best of another origin, or None when no other is near the top."""
+    others = np.flatnonzero(labels != labels[0])
     return float(scores[0] - scores[others[0]]) if len(others) else None
 
 
@@ -245,7 +343,10 @@ def own_projection(collection: Collection) -> tuple[Projection, str, bool]:
     projection, path, made
     """
     rank = min(512, collection.store.layout.dim)
-    path = collection.store.root / "projections" / f"analytic-{rank}-{collection.data_hash}.safetensors"
+    folder = collection.store.root / "projections"
+    if collection.store.array != LATENTS:
+        folder /= collection.store.array
+    path = folder / f"analytic-{rank}-{collection.data_hash}.safetensors"
     if path.exists():
         try:
             return Projection.load(path), str(path), False
@@ -253,7 +354,7 @@ def own_projection(collection: Collection) -> tuple[Projection, str, bool]:
             pass  # damaged: it is ours to make again
     W, _, _ = fit(collection, SolveOptions(method="analytic", rank=rank))
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob("analytic-*.safetensors"):
             old.unlink(missing_ok=True)
         W.save(path)
@@ -281,7 +382,7 @@ def encode_files(
     unreadable: list[tuple[str, str]] = []
     size = encoder.space.image_size
     for at in range(0, len(files), encoder.batch):
-        pixels = np.zeros((encoder.batch, size, size, 3), np.uint8)
+        pixels = encoders.blank_batch(encoder)
         read: list[str] = []
         for path in files[at : at + encoder.batch]:
             try:

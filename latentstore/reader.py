@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from latentstore import codecs
 from latentstore.errors import CorruptStoreError, UsageError
 from latentstore.schema import LATENTS, Layout
 from latentstore.shards import latents_file, read_index_is_plain
@@ -46,6 +47,8 @@ class Reader:
     ----------
     root : Path
     layout : Layout
+    array : str
+        Of the store.
 
     Notes
     -----
@@ -53,13 +56,13 @@ class Reader:
     share a reader.
     """
 
-    def __init__(self, root: Path, layout: Layout) -> None:
-        self.root, self.layout = root, layout
+    def __init__(self, root: Path, layout: Layout, array: str = LATENTS) -> None:
+        self.root, self.layout, self.array = root, layout, array
         self._open: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
         self._plain: dict[int, bool] = {}
         self._zarr: Any = None
-        self._direct = _is_plain_rows(root)
+        self._direct = _is_plain_rows(root / array)
 
     def read(
         self, start: int, stop: int, out: npt.NDArray[Any] | None = None
@@ -158,7 +161,7 @@ class Reader:
                 return self._open[shard]
             if not self._direct or self._plain.get(shard) is False:
                 return None
-            path = latents_file(self.root, shard)
+            path = latents_file(self.root, shard, self.array)
             try:
                 self._plain[shard] = read_index_is_plain(path, self.layout, shard)
                 if not self._plain[shard]:
@@ -174,9 +177,7 @@ class Reader:
 
     def _through_zarr(self, start: int, stop: int) -> npt.NDArray[Any]:
         if self._zarr is None:
-            import zarr
-
-            self._zarr = zarr.open_array(self.root / LATENTS, mode="r")
+            self._zarr = codecs.open_array(self.root / self.array)
         try:
             return np.asarray(self._zarr[start:stop])
         except Exception as exc:  # zarr's codecs raise many kinds; all of them mean bad bytes here
@@ -203,20 +204,19 @@ def _runs(rows: npt.NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, i
     yield from pairwise(edges)
 
 
-def _is_plain_rows(root: Path) -> bool:
+def _is_plain_rows(path: Path) -> bool:
     """Tell from the array's metadata whether its shards can be plain rows."""
-    import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-    array = zarr.open_array(root / LATENTS, mode="r")
-    codecs: Any = getattr(array.metadata, "codecs", ())
-    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
+    array = codecs.open_array(path)
+    outer: Any = getattr(array.metadata, "codecs", ())
+    if len(outer) != 1 or not isinstance(outer[0], ShardingCodec):
         return False
-    inner, index = codecs[0].codecs, codecs[0].index_codecs
+    inner, index = outer[0].codecs, outer[0].index_codecs
     return (
         len(inner) == 1
         and isinstance(inner[0], BytesCodec)
         and (inner[0].endian is None or str(inner[0].endian.value) == "little")
         and [type(c) for c in index] == [BytesCodec, Crc32cCodec]
-        and str(codecs[0].index_location.value) == "end"
+        and str(outer[0].index_location.value) == "end"
     )

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -14,11 +15,14 @@ import numpy as np
 
 from latentstore.errors import SpaceMismatchError, StoreFormatError, UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_SCHEMA = 1
+"""Older stores are read as they are; the next writer brings them up to date (:mod:`latentstore.migrate`)."""
 CHUNK_ROWS = 84
 """Rows of one inner chunk: a multiple of 21, the rows of one OriPID identity."""
 MAX_SHARD_ROWS = 4032
 LATENTS = "latents"
+"""The first array, whose encoding decides the manifest; others hold other encoders' latents of its rows."""
 STATUS = "status"
 
 STATUS_NAMES: tuple[str, ...] = (
@@ -30,6 +34,8 @@ STATUS_NAMES: tuple[str, ...] = (
     "missing",
     "link_outside",
     "removed",
+    "changed",
+    "killed",
 )
 """Row statuses; the index is the code in the store's ``status`` array. The order is part of the schema."""
 STATUS_CODE: dict[str, int] = {name: code for code, name in enumerate(STATUS_NAMES)}
@@ -40,12 +46,17 @@ SPLITS = ("train", "validation", "test")
 SOURCES = ("file", "simulated", "translated")
 Posterior = Literal["mean", "sample", "deterministic"]
 
+RESERVED = ("manifest", "inputs", "done", "projections", "duplicates", LATENTS, STATUS)
+_ARRAY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _ORIPID = re.compile(r"(T[0-9]{6,})(?:_([0-9]+))?")
+
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def canonical_json(value: Any) -> str:
     """Return JSON with one spelling per value, for hashing."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _canonical.encode(value)
 
 
 def identity_and_role(path: str) -> tuple[str, str]:
@@ -73,6 +84,25 @@ def split_of(group: str) -> str:
     digest = hashlib.sha256(b"latentstore split 1\0" + group.encode("utf-8", "surrogatepass")).digest()
     tenth = int.from_bytes(digest[:8], "big") % 10
     return "train" if tenth < 8 else SPLITS[tenth - 7]
+
+
+def status_name(array: str) -> str:
+    """Return the name of the array that holds the statuses of an array's rows."""
+    return STATUS if array == LATENTS else f"{array}_{STATUS}"
+
+
+def check_array_name(name: str) -> None:
+    """Refuse a name that no second array can have.
+
+    Raises
+    ------
+    UsageError
+    """
+    if not _ARRAY_NAME.fullmatch(name) or name in RESERVED or name.endswith(f"_{STATUS}"):
+        raise UsageError(
+            f"An array of a store cannot be called {name!r}: use lower-case letters, digits, - and _ (40 at "
+            f"most), and none of {', '.join(RESERVED)} nor a name that ends in _{STATUS}."
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +139,7 @@ class Space:
         """Length of one flattened latent."""
         return int(np.prod(self.latent_shape))
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The space id: 16 hexadecimal digits of the SHA-256 over all fields."""
         return hashlib.sha256(canonical_json(asdict(self)).encode()).hexdigest()[:16]
@@ -140,7 +170,7 @@ def check_space(found: str, expected: str, *, what: str) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows lie on disk. Shards are uncompressed: row ``r`` starts at a computable byte.
+    """Where rows lie on disk. Without a codec shards are plain rows: row ``r`` starts at a computable byte.
 
     Attributes
     ----------
@@ -150,15 +180,26 @@ class Layout:
         ``"float16"`` or ``"float32"``, little-endian.
     shard_rows : int
         Rows of one shard file, a multiple of 84; a function of the first ``rows``, never of timing.
+    codec : str or None
+        See :mod:`latentstore.codecs`; sizes below are then those of plain rows.
     """
 
     rows: int
     dim: int
     shard_rows: int
     dtype: str = "float16"
+    codec: str | None = None
 
     @classmethod
-    def plan(cls, rows: int, dim: int, *, dtype: str = "float16", shard_rows: int | None = None) -> Layout:
+    def plan(
+        cls,
+        rows: int,
+        dim: int,
+        *,
+        dtype: str = "float16",
+        shard_rows: int | None = None,
+        codec: str | None = None,
+    ) -> Layout:
         """Choose the shard size: ``min(4032, 84·⌈rows / 2688⌉)`` unless given.
 
         Raises
@@ -175,7 +216,7 @@ class Layout:
                 f"--shard-rows is {shard_rows}; it must be a positive multiple of {CHUNK_ROWS} "
                 f"(for example {max(1, round(shard_rows / CHUNK_ROWS)) * CHUNK_ROWS})."
             )
-        return cls(rows=rows, dim=dim, shard_rows=shard_rows, dtype=dtype)
+        return cls(rows=rows, dim=dim, shard_rows=shard_rows, dtype=dtype, codec=codec)
 
     @property
     def n_shards(self) -> int:
@@ -204,7 +245,9 @@ class Layout:
     @property
     def total_bytes(self) -> int:
         """Bytes of all latent shards."""
-        return sum(self.shard_bytes(s) for s in range(self.n_shards))
+        if not self.n_shards:
+            return 0
+        return (self.n_shards - 1) * self.shard_bytes(0) + self.shard_bytes(self.n_shards - 1)
 
 
 def index_bytes(chunks_per_shard: int) -> int:
@@ -246,9 +289,9 @@ def read_attributes(raw: Mapping[str, Any], path: str) -> dict[str, Any]:
     attrs = raw.get("latentstore")
     if not isinstance(attrs, Mapping) or "schema" not in attrs:
         raise StoreFormatError(f"{path} is a Zarr group, but not a latentstore store.")
-    if attrs["schema"] != SCHEMA_VERSION:
+    if attrs["schema"] not in range(OLDEST_SCHEMA, SCHEMA_VERSION + 1):
         raise StoreFormatError(
-            f"{path} has store schema {attrs['schema']}, this version reads {SCHEMA_VERSION}: "
-            "use the version of latentstore that wrote it, or encode again."
+            f"{path} has store schema {attrs['schema']}, this version reads {OLDEST_SCHEMA} to "
+            f"{SCHEMA_VERSION}: use the version of latentstore that wrote it, or encode again."
         )
     return dict(attrs)

@@ -7,13 +7,9 @@ a 16-byte index entry a chunk, then a crc32c), so every Zarr v3 reader opens it,
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import uuid
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,107 +21,49 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentstore.errors import CorruptStoreError, StoreWriteError
+from latentstore import codecs
+from latentstore.errors import CorruptStoreError
+from latentstore.files import Staged, fsync_dir, write_all, write_atomic, write_errors
 from latentstore.schema import (
     CHUNK_ROWS,
     LATENTS,
     OK,
-    STATUS,
     STATUS_CODE,
     Layout,
     canonical_json,
     index_bytes,
+    status_name,
 )
 
-PARTIAL = ".partial"
+PENDING = ".pending"
 _EMPTY = 2**64 - 1
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def latents_file(root: Path, shard: int) -> Path:
+def latents_file(root: Path, shard: int, array: str = LATENTS) -> Path:
     """Return the path of a shard's latents."""
-    return root / LATENTS / "c" / str(shard) / "0"
+    return root / array / "c" / str(shard) / "0"
 
 
-def status_file(root: Path, shard: int) -> Path:
+def status_file(root: Path, shard: int, array: str = LATENTS) -> Path:
     """Return the path of a shard's status chunk."""
-    return root / STATUS / "c" / str(shard)
+    return root / status_name(array) / "c" / str(shard)
 
 
-def record_file(root: Path, shard: int) -> Path:
+def record_file(root: Path, shard: int, array: str = LATENTS) -> Path:
     """Return the path of a shard's done-record."""
-    return root / "done" / f"{shard:06d}.json"
+    folder = root / "done" if array == LATENTS else root / "done" / array
+    return folder / f"{shard:06d}.json"
 
 
-def manifest_file(root: Path, shard: int, rows: int) -> Path:
-    """Return the path of a shard's manifest part; its name holds the row count, so parts never change."""
-    return root / "manifest" / f"part-{shard:06d}-{rows}.parquet"
+def pending_file(root: Path, shard: int, array: str = LATENTS) -> Path:
+    """Return where a replaced shard's new record waits until its files are in place."""
+    path = record_file(root, shard, array)
+    return path.with_name(path.name + PENDING)
 
 
-@contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` into a :class:`StoreWriteError` that says what to do."""
-    try:
-        yield
-    except StoreWriteError:
-        raise
-    except OSError as exc:
-        if exc.errno in _DISK_FULL:
-            advice = "The disk is full. Finished shards are kept: make room and run the same command again."
-        else:
-            advice = "Finished shards are kept: mend the cause and run the same command again."
-        raise StoreWriteError(f"Could not write {path}: {exc.strerror or exc}. {advice}") from exc
-
-
-def fsync_dir(path: Path) -> None:
-    """Make renames inside a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def fsync_tree(root: Path) -> None:
-    """Make every file and folder below a folder durable."""
-    for path in [*root.rglob("*"), root]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that it is seen whole or not at all, also after a crash."""
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_of(path)
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        fsync_dir(path.parent)
-
-
-def partial_of(path: Path) -> Path:
-    """Return a unique sibling name that sweeping recognises."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-
-
-def sweep_partials(root: Path) -> int:
-    """Delete what killed writers left behind; return how many files. Call it only under the writer's lock."""
-    # Only where writers under the lock write: `projections/` is written without it.
-    folders = (root / name for name in (LATENTS, STATUS, "manifest", "inputs", "done"))
-    stale = [path for folder in folders for path in folder.rglob(f"*{PARTIAL}")]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+def manifest_file(root: Path, shard: int, rows: int, removed: int = 0) -> Path:
+    """Return the path of a shard's manifest part; named by rows and removals, so that parts never change."""
+    return root / "manifest" / f"part-{shard:06d}-{rows}{f'-{removed}' if removed else ''}.parquet"
 
 
 def drop_unnamed_parts(root: Path) -> None:
@@ -145,7 +83,8 @@ class Record:
     """A shard's done-record: the commit marker, and what its files must hold.
 
     ``latents_crc32`` covers the payload of the valid rows alone, so it also checks the prefix of a
-    shard that has grown by an append.
+    shard that has grown by an append. Where the rows are coded it covers the whole file, of
+    ``latents_bytes``. The manifest belongs to the first array alone: records of others name no part.
     """
 
     shard: int
@@ -158,39 +97,50 @@ class Record:
     manifest_part: str
     manifest_bytes: int
     manifest_crc32: int
+    latents_bytes: int | None = None
 
-    def write(self, root: Path) -> None:
-        """Commit the shard."""
-        body = asdict(self)
-        body["crc32"] = zlib.crc32(canonical_json(asdict(self)).encode())
-        write_atomic(record_file(root, self.shard), (json.dumps(body, indent=1) + "\n").encode())
+    def write(self, root: Path, array: str = LATENTS, *, suffix: str = "") -> None:
+        """Commit the shard (or, with a suffix, write the record beside its place)."""
+        path = record_file(root, self.shard, array)
+        write_atomic(path.with_name(path.name + suffix), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Return the file's contents: JSON with a checksum of its own."""
+        body = {k: v for k, v in asdict(self).items() if v is not None}
+        body["crc32"] = zlib.crc32(canonical_json(body).encode())
+        return (json.dumps(body, indent=1) + "\n").encode()
 
     @classmethod
-    def read(cls, root: Path, shard: int) -> Record | None:
+    def read(cls, root: Path, shard: int, array: str = LATENTS, *, suffix: str = "") -> Record | None:
         """Return the record, or None when there is none or its own checksum fails."""
+        folder = "done" if array == LATENTS else f"done/{array}"
         try:
-            body = json.loads(record_file(root, shard).read_bytes())
+            # No pathlib: this is read for every shard at every start.
+            with open(f"{root}/{folder}/{shard:06d}.json{suffix}", "rb", buffering=0) as file:  # noqa: PTH123
+                body = json.loads(file.read())
             crc = body.pop("crc32")
-            record = cls(**body)
+            return cls(**body) if crc == zlib.crc32(canonical_json(body).encode()) else None
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
-        return record if crc == zlib.crc32(canonical_json(asdict(record)).encode()) else None
 
 
-def is_done(root: Path, layout: Layout, shard: int, space_id: str) -> bool:
+def is_done(root: Path, layout: Layout, shard: int, space_id: str, array: str = LATENTS) -> bool:
     """Tell whether a shard is committed for the present layout: record, space, rows and file sizes agree."""
-    record = Record.read(root, shard)
+    record = Record.read(root, shard, array)
     if record is None or record.space_id != space_id or record.rows != len(layout.span(shard)):
         return False
-    sizes = {
-        latents_file(root, shard): layout.shard_bytes(shard),
-        status_file(root, shard): layout.shard_rows,
-        root / "manifest" / record.manifest_part: record.manifest_bytes,
-    }
+    # Strings: pathlib alone would take longer than the checks, and this runs for every shard at every start.
+    statuses = status_name(array)
+    sizes = [
+        (f"{root}/{array}/c/{shard}/0", record.latents_bytes or layout.shard_bytes(shard)),
+        (f"{root}/{statuses}/c/{shard}", layout.shard_rows),
+    ]
+    if record.manifest_part:
+        sizes.append((f"{root}/manifest/{record.manifest_part}", record.manifest_bytes))
     try:
-        return all(path.stat().st_size == size for path, size in sizes.items())
+        return all(os.stat(path).st_size == size for path, size in sizes)  # noqa: PTH116
     except OSError:
         return False
 
@@ -198,7 +148,8 @@ def is_done(root: Path, layout: Layout, shard: int, space_id: str) -> bool:
 class ShardWriter:
     """Streams the rows of one shard to disk; memory is one batch, whatever the shard's size.
 
-    Use it as a context manager: leaving with an exception drops the partial files.
+    Use it as a context manager: leaving with an exception drops the partial files. With a codec the rows
+    are held until the commit (a shard at most).
 
     Parameters
     ----------
@@ -208,19 +159,23 @@ class ShardWriter:
     shard : int
     space_id : str
         Written into the record.
+    array : str
+        Of the store.
     """
 
-    def __init__(self, root: Path, layout: Layout, shard: int, space_id: str) -> None:
+    def __init__(
+        self, root: Path, layout: Layout, shard: int, space_id: str, *, array: str = LATENTS
+    ) -> None:
         self.root, self.layout, self.shard, self.space_id = root, layout, shard, space_id
-        self._target = latents_file(root, shard)
+        self.array = array
+        self._target = latents_file(root, shard, array)
         self._status: list[npt.NDArray[np.uint8]] = []
+        self._held: list[npt.NDArray[Any]] = []
         self._crc = 0
         self._rows = 0
+        self._staged = Staged()
         with write_errors(self._target):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = partial_of(self._target)
-            # Unbuffered: batches are large, and a full disk must show at the write, not at the close.
-            self._file = self._partial.open("wb", buffering=0)
+            self._file = self._staged.open(self._target)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -229,7 +184,7 @@ class ShardWriter:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self._staged.__exit__()
 
     def append(
         self, latents: npt.NDArray[np.floating[Any]], status: npt.NDArray[np.uint8]
@@ -252,14 +207,29 @@ class ShardWriter:
         status = np.array(status, dtype=np.uint8)
         status[(status == OK) & ~_finite_rows(block)] = STATUS_CODE["not_finite"]
         block[status != OK] = 0
-        self._write(block)
-        self._crc = zlib.crc32(block.data, self._crc)
+        if self.layout.codec is None:
+            self._write(block.data.cast("B") if block.size else memoryview(b""))
+            self._crc = zlib.crc32(block.data, self._crc)
+        else:
+            self._held.append(block)
         self._rows += len(block)
         self._status.append(status)
         return status
 
-    def commit(self, manifest: pa.Table) -> Record:
-        """Finish the shard: index, fsync, renames, manifest part, and last the record.
+    def commit(
+        self, manifest: pa.Table | None = None, *, removed: int = 0, replacing: bool = False
+    ) -> Record:
+        """Finish the shard: everything durable under partial names, then renames, and last the record.
+
+        Parameters
+        ----------
+        manifest : pyarrow.Table or None
+            The rows' manifest; of the first array, and only of that.
+        removed : int
+            Rows of the shard that were taken down (they name the manifest part).
+        replacing : bool
+            The committed shard is replaced by one of as many rows: its new record is written beside the old
+            one first, so that a kill in between leaves what :mod:`latentstore.removal` can finish.
 
         Raises
         ------
@@ -268,28 +238,19 @@ class ShardWriter:
         StoreWriteError
         """
         span = self.layout.span(self.shard)
-        if self._rows != len(span) or manifest.num_rows != len(span):
+        n_manifest = len(span) if manifest is None else manifest.num_rows
+        if self._rows != len(span) or n_manifest != len(span):
             raise CorruptStoreError(
-                f"shard {self.shard} got {self._rows} latents and {manifest.num_rows} manifest rows "
+                f"shard {self.shard} got {self._rows} latents and {n_manifest} manifest rows "
                 f"for {len(span)} places; nothing was committed."
             )
-        chunks = -(-len(span) // CHUNK_ROWS)
-        self._write(np.zeros((chunks * CHUNK_ROWS - len(span)) * self.layout.row_bytes, np.uint8))
-        self._write(np.frombuffer(shard_index(self.layout, chunks), np.uint8))
+        if (manifest is None) == (self.array == LATENTS):
+            raise CorruptStoreError(f"shard {self.shard} of {self.array}: the first array has the manifest.")
+        coded_bytes = self._finish(span)
         status = np.zeros(self.layout.shard_rows, np.uint8)
         status[: len(span)] = np.concatenate(self._status) if self._status else 0
-
-        sink = pa.BufferOutputStream()
-        pq.write_table(manifest, sink, compression="zstd", store_schema=False)
-        part_bytes = sink.getvalue().to_pybytes()
-        part = manifest_file(self.root, self.shard, len(span))
-        with write_errors(self._target):
-            os.fsync(self._file.fileno())
-            self._partial.replace(self._target)
-            fsync_dir(self._target.parent)
-            fsync_dir(self._target.parent.parent)
-        write_atomic(status_file(self.root, self.shard), status.tobytes())
-        write_atomic(part, part_bytes)
+        part_bytes = b"" if manifest is None else parquet_bytes(manifest)
+        part = manifest_file(self.root, self.shard, len(span), removed)
         record = Record(
             shard=self.shard,
             start=span.start,
@@ -298,13 +259,41 @@ class ShardWriter:
             space_id=self.space_id,
             latents_crc32=self._crc,
             status_crc32=zlib.crc32(status.tobytes()),
-            manifest_part=part.name,
+            manifest_part="" if manifest is None else part.name,
             manifest_bytes=len(part_bytes),
             manifest_crc32=zlib.crc32(part_bytes),
+            latents_bytes=coded_bytes,
         )
-        record.write(self.root)
-        self._drop_older_parts(part)
+        with write_errors(self._target):
+            self._staged.add(status_file(self.root, self.shard, self.array), status.tobytes())
+            if manifest is not None:
+                self._staged.add(part, part_bytes)
+            if replacing:
+                self._staged.sync()
+                record.write(self.root, self.array, suffix=PENDING)
+            self._staged.publish()
+            # The shard's own folder is new; its name must last too.
+            fsync_dir(self._target.parent.parent)
+        record.write(self.root, self.array)
+        if replacing:
+            pending_file(self.root, self.shard, self.array).unlink(missing_ok=True)
+        if manifest is not None:
+            self._drop_older_parts(part)
         return record
+
+    def _finish(self, span: range) -> int | None:
+        """Write what follows the rows, or the coded rows; return the file's size in the second case."""
+        if self.layout.codec is not None:
+            rows = np.concatenate(self._held) if self._held else np.empty((0, self.layout.dim))
+            data = codecs.encode_shard(self.root / self.array, self.layout, self.shard, rows)
+            self._held.clear()
+            self._write(memoryview(data))
+            self._crc = zlib.crc32(data)
+            return len(data)
+        chunks = -(-len(span) // CHUNK_ROWS)
+        self._write(memoryview(bytes((chunks * CHUNK_ROWS - len(span)) * self.layout.row_bytes)))
+        self._write(memoryview(shard_index(self.layout, chunks)))
+        return None
 
     def _drop_older_parts(self, keep: Path) -> None:
         """Delete the parts of this shard that an append replaced, now that the record names the new one."""
@@ -312,11 +301,17 @@ class ShardWriter:
             if part != keep:
                 part.unlink(missing_ok=True)
 
-    def _write(self, block: npt.NDArray[Any]) -> None:
-        view = block.data.cast("B") if block.size else memoryview(b"")
+    def _write(self, data: memoryview) -> None:
         with write_errors(self._target):
-            while view:
-                view = view[self._file.write(view) :]
+            write_all(self._file, data)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a table as the bytes of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", store_schema=False)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def _finite_rows(block: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentstore._version import __version__
+from latentstore.create import create
 from latentstore.encoders import row_noise
 from latentstore.errors import LatentStoreError, UsageError
 from latentstore.manifest import INPUT_SCHEMA, MANIFEST_SCHEMA
 from latentstore.schema import OK, Layout, StoreSpec, check_space
 from latentstore.shards import ShardWriter
-from latentstore.store import LatentStore, create, exists, open_store, writing
+from latentstore.store import LatentStore, exists, open_store, writing
 
 _EIGENVALUE_FLOOR = 1e-4
 _BATCH = 256
@@ -212,7 +213,7 @@ def simulate(
         raise UsageError(f"--per-origin is {per_origin}; at least 1 translation an origin is needed.")
     rows = _origin_rows(source)
     settings = {
-        "store": str(source.root.absolute()),
+        "store": str(source.path.absolute()),
         "data_hash": source.data_hash(),
         "prior": prior_id,
         "per_origin": per_origin,
@@ -255,12 +256,12 @@ def _origin_rows(source: LatentStore) -> npt.NDArray[np.int64]:
     roles = source.manifest(["role"])["role"].to_numpy(zero_copy_only=False)
     rows = np.flatnonzero((source.status() == OK) & np.isin(roles, ("origin", "reference")))
     if not len(rows):
-        raise UsageError(f"{source.root} holds no valid origin or reference image to translate.")
+        raise UsageError(f"{source.path} holds no valid origin or reference image to translate.")
     return rows
 
 
 def _same_run(store: LatentStore, source: LatentStore, settings: dict[str, Any]) -> LatentStore:
-    check_space(source.space.id, store.space.id, what=str(source.root))
+    check_space(source.space.id, store.space.id, what=str(source.path))
     made = store.origin.get("simulated")
     if made != settings:
         changed = [k for k, v in settings.items() if not isinstance(made, dict) or made.get(k) != v]

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
-import shutil
-import time
-import uuid
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,71 +17,66 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentstore import codecs
 from latentstore.errors import (
     CorruptStoreError,
     StoreFormatError,
     StoreIncompleteError,
     StoreLockedError,
     StoreNotFoundError,
-    StoreWriteError,
-    UsageError,
 )
+from latentstore.files import sweep_partials, write_atomic, write_errors
 from latentstore.manifest import INPUT_SCHEMA, MANIFEST_SCHEMA
 from latentstore.reader import Reader
 from latentstore.schema import (
-    CHUNK_ROWS,
     LATENTS,
-    SCHEMA_VERSION,
-    STATUS,
     STATUS_NAMES,
     Layout,
     Space,
-    StoreSpec,
-    canonical_json,
     read_attributes,
+    status_name,
 )
-from latentstore.shards import (
-    Record,
-    fsync_dir,
-    fsync_tree,
-    is_done,
-    sweep_partials,
-    write_atomic,
-    write_errors,
-)
+from latentstore.seal import SEAL, read_seal, write_seal
+from latentstore.shards import Record, is_done, parquet_bytes, status_file
 
-SEAL = Path("done") / "seal.json"
 _FOLDERS = ("manifest", "inputs", "done", "projections")
 
 
 class LatentStore:
-    """A store that exists. Opening reads only metadata; see :func:`create` and :func:`open_store`.
+    """One array of a store that exists, with the rows' manifest. Opening reads only metadata.
+
+    See :func:`create`, :func:`add_array` and :func:`open_store`.
 
     Attributes
     ----------
     root : Path
+    array : str
+        ``"latents"``, or the name of a further encoder's array.
     kind : {"images", "simulated"}
     space : Space
     layout : Layout
     provenance, origin : dict
         See :class:`~latentstore.schema.StoreSpec`.
+    schema : int
+        The store's schema version.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, array: str = LATENTS) -> None:
         import zarr
 
-        self.root = root
+        self.root, self.array = root, array
         try:
             group: Any = zarr.open_group(root, mode="r")
             attrs = read_attributes(group.attrs.asdict(), str(root))
-            latents = group[LATENTS]
+            latents = codecs.open_array(root / array)
             own: Any = latents.attrs.asdict()["latentstore"]
             self.kind: str = attrs["kind"]
+            self.schema: int = attrs["schema"]
             self.origin: dict[str, Any] = attrs["origin"]
             self.space = Space.from_dict(own["space"])
             self.provenance: dict[str, Any] = own["provenance"]
             rows, dim = latents.shape
-            shard_rows = group[STATUS].chunks[0]
+            shard_rows = group[status_name(array)].chunks[0]
             dtype = str(latents.dtype)
         except StoreFormatError:
             raise
@@ -96,7 +86,7 @@ class LatentStore:
             raise StoreFormatError(
                 f"{root} is not a latentstore store ({type(exc).__name__}: {exc})."
             ) from exc
-        self.layout = Layout(rows=rows, dim=dim, shard_rows=shard_rows, dtype=dtype)
+        self.layout = Layout(rows, dim, shard_rows, dtype, own.get("codec"))
         if self.space.dim != dim:
             raise StoreFormatError(f"{root}: rows of {dim} numbers, but its space says {self.space.dim}.")
 
@@ -105,21 +95,42 @@ class LatentStore:
 
     def __repr__(self) -> str:
         return (
-            f"LatentStore({str(self.root)!r}, rows={len(self)}, dim={self.layout.dim}, space={self.space.id})"
+            f"LatentStore({str(self.path)!r}, rows={len(self)}, dim={self.layout.dim}, space={self.space.id})"
         )
+
+    @property
+    def path(self) -> Path:
+        """What opens this array: the store's folder, or ``STORE/NAME`` for a further array."""
+        return self.root if self.array == LATENTS else self.root / self.array
+
+    @property
+    def first(self) -> LatentStore:
+        """The store's first array, which decides the manifest."""
+        return self if self.array == LATENTS else LatentStore(self.root)
+
+    def arrays(self) -> list[str]:
+        """Return the names of the store's arrays, the first one first."""
+        names = {p.parent.name for p in self.root.glob("*/zarr.json")}
+        return [LATENTS, *sorted(n for n in names - {LATENTS} if status_name(n) in names)]
 
     @cached_property
     def reader(self) -> Reader:
         """The reader of the latents: direct ``preadv`` where the shards are plain rows, else zarr."""
-        return Reader(self.root, self.layout)
+        return Reader(self.root, self.layout, self.array)
 
     # --- completeness -------------------------------------------------------------------------------
 
     def todo(self) -> list[int]:
         """Return the shards that are not committed."""
-        return [
-            s for s in range(self.layout.n_shards) if not is_done(self.root, self.layout, s, self.space.id)
-        ]
+        return [s for s in range(self.layout.n_shards) if not self.is_done(s)]
+
+    def is_done(self, shard: int) -> bool:
+        """Tell whether a shard is committed."""
+        return is_done(self.root, self.layout, shard, self.space.id, self.array)
+
+    def record(self, shard: int) -> Record | None:
+        """Return a shard's done-record, or None."""
+        return Record.read(self.root, shard, self.array)
 
     def require_complete(self) -> None:
         """Refuse a store that still has unwritten rows.
@@ -131,7 +142,7 @@ class LatentStore:
         todo = self.todo()
         if todo:
             raise StoreIncompleteError(
-                f"{self.root} is not finished: {len(todo)} of {self.layout.n_shards} shards are not written. "
+                f"{self.path} is not finished: {len(todo)} of {self.layout.n_shards} shards are not written. "
                 "Run the command that makes it again; it goes on where it stopped."
             )
 
@@ -139,7 +150,7 @@ class LatentStore:
         """Return 16 hexadecimal digits that change when any committed latent or status changes."""
         digest = hashlib.sha256(self.space.id.encode())
         for shard in range(self.layout.n_shards):
-            record = Record.read(self.root, shard)
+            record = self.record(shard)
             digest.update(f"{record and (record.rows, record.latents_crc32, record.status_crc32)}".encode())
         return digest.hexdigest()[:16]
 
@@ -150,7 +161,7 @@ class LatentStore:
         out = np.zeros(len(self), np.uint8)
         for shard in range(self.layout.n_shards):
             span = self.layout.span(shard)
-            path = self.root / STATUS / "c" / str(shard)
+            path = status_file(self.root, shard, self.array)
             if path.exists():
                 out[span.start : span.stop] = np.fromfile(path, np.uint8)[: len(span)]
         return out
@@ -161,7 +172,7 @@ class LatentStore:
         return {STATUS_NAMES[c]: int(n) for c, n in zip(codes, counts, strict=True)}
 
     def manifest(self, columns: list[str] | None = None) -> pa.Table:
-        """Return the manifest of the committed rows, in row order.
+        """Return the manifest of the committed rows, in row order (of all arrays; statuses are the first's).
 
         Raises
         ------
@@ -206,147 +217,75 @@ class LatentStore:
         The list is committed first; :func:`settle` finishes a growth that was killed in between.
         """
         number = len(list((self.root / "inputs").glob("part-*.parquet")))
-        write_atomic(self.root / "inputs" / f"part-{number:06d}.parquet", _parquet(new))
+        write_atomic(self.root / "inputs" / f"part-{number:06d}.parquet", parquet_bytes(new))
         return settle(self)
 
 
 def settle(store: LatentStore) -> LatentStore:
-    """Bring the arrays' shape to the committed input list (after a growth, or one that was killed)."""
+    """Bring the arrays' shapes to the committed input list (after a growth, or one that was killed)."""
     import zarr
 
     rows = store.inputs().num_rows
     parts = {f"inputs/{p.name}" for p in (store.root / "inputs").glob("part-*.parquet")}
-    if rows == len(store):
+    # The first array comes last: its shape is what tells a later call that nothing is left to do.
+    names = list(reversed(store.arrays()))
+    grown = [name for name in names if codecs.open_array(store.root / name).shape[0] != rows]
+    if not grown:
         seal = read_seal(store.root)
         # A growth was killed just before its seal. A seal that is damaged is left for `verify` to tell.
         if not parts <= seal.keys() and (seal or not (store.root / SEAL).exists()):
             write_seal(store.root)
         return store
     with write_errors(store.root):
-        group: Any = zarr.open_group(store.root, mode="r+")
-        # The latents' shape comes last: it is what tells a later call that nothing is left to do.
-        group[STATUS].resize((rows,))
-        group[LATENTS].resize((rows, store.layout.dim))
+        for name in grown:
+            zarr.open_array(store.root / status_name(name), mode="r+").resize((rows,))
+            array = codecs.open_array(store.root / name, mode="r+")
+            array.resize((rows, array.shape[1]))
     write_seal(store.root)
-    return LatentStore(store.root)
+    return LatentStore(store.root, store.array)
 
 
-def create(root: Path, spec: StoreSpec, inputs: pa.Table) -> LatentStore:
-    """Create a store and commit its input list; the store appears whole or not at all.
-
-    Raises
-    ------
-    UsageError
-        Something that is no store lies at the path, or the list and the layout differ in length.
-    StoreWriteError
-        No permission, or not enough room.
-    """
-    import zarr
-
-    if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
-        raise UsageError(
-            f"{root} exists and is not a latentstore store. Choose another --store, or move it away."
-        )
-    if inputs.num_rows != spec.layout.rows:
-        raise UsageError(f"{inputs.num_rows} inputs for {spec.layout.rows} rows.")
-    check_room(root, spec.layout.total_bytes)
-    with write_errors(root):
-        root.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_unfinished(root)
-        fresh = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
-        try:
-            fresh.mkdir()
-            layout = spec.layout
-            attrs = {"schema": SCHEMA_VERSION, "kind": spec.kind, "origin": spec.origin}
-            group = zarr.create_group(fresh, attributes={"latentstore": attrs})
-            group.create_array(
-                LATENTS,
-                shape=(layout.rows, layout.dim),
-                dtype=layout.dtype,
-                chunks=(CHUNK_ROWS, layout.dim),
-                shards=(layout.shard_rows, layout.dim),
-                compressors=None,
-                filters=None,
-                fill_value=0,
-                dimension_names=("row", f"{LATENTS}_dim"),
-                attributes={
-                    "latentstore": {
-                        "space_id": spec.space.id,
-                        "space": json.loads(canonical_json(_plain(spec.space))),
-                        "provenance": spec.provenance,
-                    }
-                },
-            )
-            group.create_array(
-                STATUS,
-                shape=(layout.rows,),
-                dtype="uint8",
-                chunks=(layout.shard_rows,),
-                compressors=None,
-                filters=None,
-                fill_value=0,
-                dimension_names=("row",),
-                attributes={
-                    "flag_values": list(range(len(STATUS_NAMES))),
-                    "flag_meanings": " ".join(STATUS_NAMES),
-                },
-            )
-            for name in _FOLDERS:
-                group.create_group(name)
-            write_atomic(fresh / "inputs" / "part-000000.parquet", _parquet(inputs))
-            write_seal(fresh)
-            fsync_tree(fresh)
-            if root.exists():
-                root.rmdir()
-            fresh.rename(root)
-            fsync_dir(root.parent)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-    return LatentStore(root)
+def locate(path: Path | str) -> tuple[Path, str]:
+    """Split ``STORE`` or ``STORE/ARRAY`` into the store's folder and the array's name."""
+    path = Path(path)
+    if path.name not in ("", "..") and not is_store(path) and is_store(path.parent):
+        return path.parent, path.name
+    return path, LATENTS
 
 
-def write_seal(root: Path) -> None:
-    """Record the checksums of the files that only creating and growing a store write."""
-    files = [*root.glob("zarr.json"), *root.glob("*/zarr.json"), *root.glob("inputs/part-*.parquet")]
-    sums = {str(p.relative_to(root)): zlib.crc32(p.read_bytes()) for p in sorted(files)}
-    body = {"files": sums, "crc32": zlib.crc32(canonical_json(sums).encode())}
-    write_atomic(root / SEAL, (json.dumps(body, indent=1) + "\n").encode())
-
-
-def read_seal(root: Path) -> dict[str, int]:
-    """Return the sealed checksums by file; empty when there is no seal, or it fails its own checksum."""
+def is_store(path: Path) -> bool:
+    """Tell whether a folder is the group of a store."""
     try:
-        body = json.loads((root / SEAL).read_bytes())
-        sums: dict[str, int] = body["files"]
-        return sums if body["crc32"] == zlib.crc32(canonical_json(sums).encode()) else {}
+        body = json.loads((path / "zarr.json").read_bytes())
+        return bool(body["node_type"] == "group" and "latentstore" in body["attributes"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return False
 
 
-def _sweep_unfinished(root: Path) -> None:
-    """Delete what a creation that was killed left beside the store; one under way is a second old at most."""
-    for stale in root.parent.glob(f".{glob.escape(root.name)}.*.partial"):
-        if time.time() - stale.stat().st_mtime > 3600:
-            shutil.rmtree(stale, ignore_errors=True)
-
-
-def open_store(root: Path | str) -> LatentStore:
-    """Open a store for reading.
+def open_store(path: Path | str) -> LatentStore:
+    """Open a store for reading: its first array, or with ``STORE/NAME`` the array of that name.
 
     Raises
     ------
     StoreNotFoundError, StoreFormatError
     """
-    root = Path(root)
+    root, array = locate(path)
     if not root.exists():
         raise _no_store(root)
-    return LatentStore(root)
+    if array != LATENTS:
+        names = LatentStore(root).arrays()
+        if array not in names:
+            raise StoreNotFoundError(
+                f"{root} has no array {array!r}; it has {', '.join(names)}. Add one with "
+                f"`latentstore encode --store {root / array} --encoder NAME`."
+            )
+    return LatentStore(root, array)
 
 
-def exists(root: Path) -> bool:
-    """Tell whether something that may be a store lies at the path."""
-    return (root / "zarr.json").exists()
+def exists(path: Path) -> bool:
+    """Tell whether something that may be a store (or that array of it) lies at the path."""
+    root, array = locate(path)
+    return (root / "zarr.json").exists() and (array == LATENTS or array in LatentStore(root).arrays())
 
 
 @contextmanager
@@ -377,40 +316,8 @@ def writing(root: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def check_room(root: Path, needed: int) -> None:
-    """Refuse before a byte is written what cannot fit.
-
-    Parameters
-    ----------
-    root : Path
-        Where the bytes will go (it need not exist yet).
-    needed : int
-        Bytes.
-    """
-    where = root.absolute()
-    while not where.exists():
-        where = where.parent
-    free = shutil.disk_usage(where).free
-    if needed > free:
-        raise StoreWriteError(
-            f"{root} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there. Make room, choose "
-            "another disk with --store, or encode fewer images."
-        )
-
-
 def _no_store(root: Path) -> StoreNotFoundError:
     return StoreNotFoundError(
         f"There is no store at {root} (looked in {Path.cwd()}). Make one with "
         f"`latentstore encode FOLDER --store {root}`, or name another with --store."
     )
-
-
-def _plain(space: Space) -> dict[str, Any]:
-    return {**space.__dict__, "latent_shape": list(space.latent_shape)}
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=False)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,29 +15,41 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from latentstore import images
-from latentstore.encoders import Encoder
+from latentstore.encoders import Encoder, begin, blank_batch
 from latentstore.errors import ImageError
+from latentstore.isolation import Isolated
+from latentstore.known import Known, kept_rows
 from latentstore.manifest import manifest_table
-from latentstore.schema import OK, STATUS_CODE
-from latentstore.shards import Record, ShardWriter, latents_file
+from latentstore.schema import LATENTS, OK, STATUS_CODE
+from latentstore.shards import ShardWriter
 from latentstore.sources import Source
 from latentstore.store import LatentStore
 
 OnRows = Callable[[int, int], None]
 """Called with (rows done, bad rows among them) after each batch."""
+OnTimes = Callable[[dict[str, float]], None]
+"""Called with the seconds that each share took since the last call."""
 NAMED = 20
 """Bad rows that are named in a summary; all of them are in the manifest."""
+Batch = list[images.Pixels | ImageError]
+_AHEAD = 16
+"""Images read ahead, at least: a network on a CPU takes one at a time, and the pool has many threads."""
 
 
 @dataclass
 class ShardOutcome:
-    """What one task did: rows encoded, bad ones (the first of them by name), seconds by share."""
+    """What one task did: rows encoded, bad ones (the first of them by name), seconds by share, notes.
+
+    ``read`` and ``decode`` (with resizing) are summed over the pool's threads; ``encode``, ``write`` and
+    ``wait`` (for the pool) are the main thread's.
+    """
 
     shard: int
     encoded: int = 0
     n_bad: int = 0
     bad: list[tuple[str, str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class ShardTask:
@@ -45,25 +57,31 @@ class ShardTask:
 
     Parameters
     ----------
-    source, encoder
+    source : Source or Isolated
+    encoder : Encoder
     pool : ThreadPoolExecutor
         Reads and decodes ahead of the encoder.
     max_pixels : int
     on_rows : callable or None
         Called with (rows, bad rows) after each batch.
+    on_times : callable or None
+        Called with the seconds by share after each batch, and after the commit.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Isolated,
         encoder: Encoder,
         pool: ThreadPoolExecutor,
         max_pixels: int,
         on_rows: OnRows | None = None,
+        on_times: OnTimes | None = None,
     ) -> None:
         self.source, self.encoder, self.pool = source, encoder, pool
-        self.max_pixels, self.on_rows = max_pixels, on_rows
+        self.max_pixels, self.on_rows, self.on_times = max_pixels, on_rows, on_times
         self.times: dict[str, float] = defaultdict(float)
+        self._told: dict[str, float] = {}
+        self._pool_times = Lock()
 
     def run(self, store: LatentStore, shard: int, inputs: pa.Table) -> ShardOutcome:
         """Write one shard; rows that an earlier, shorter shard held are copied, not encoded again.
@@ -75,19 +93,18 @@ class ShardTask:
         inputs : pyarrow.Table
             The input list of this shard's rows alone.
         """
-        self.times = defaultdict(float)
+        self.times, self._told = defaultdict(float), {}
         outcome = ShardOutcome(shard)
         span = store.layout.span(shard)
-        with ShardWriter(store.root, store.layout, shard, store.space.id) as writer:
-            kept = _kept_rows(store, shard)
-            done: list[dict[str, Any]] = []
+        known, kept = Known(store, shard), kept_rows(store, shard)
+        with ShardWriter(store.root, store.layout, shard, store.space.id, array=store.array) as writer:
+            start_row, done = span.start, []
             if kept is not None:
-                latents, table = kept
-                done = table.to_pylist()
-                writer.append(latents, np.array([STATUS_CODE[r["status"]] for r in done], np.uint8))
-            rows = inputs.slice(len(done)).to_pylist()
-            for first, batch in self._decoded(rows):
-                manifest, status = self._encode(batch, rows, span.start + len(done), first, writer)
+                start_row, done = span.start + len(kept.latents), kept.manifest or []
+                writer.append(kept.latents, kept.status)
+            rows = inputs.slice(start_row - span.start).to_pylist()
+            for first, batch, latents in self._under_way(self._decoded(rows, start_row, known), start_row):
+                manifest, status = self._write(batch, latents, rows, start_row, first, writer)
                 bad = [m for m in manifest if m["status"] != "ok"]
                 room = max(0, NAMED - len(outcome.bad))
                 outcome.bad += [(m["path"], m["status"], m["reason"]) for m in bad[:room]]
@@ -96,61 +113,105 @@ class ShardTask:
                 rows[first : first + len(manifest)] = manifest
                 if self.on_rows is not None:
                     self.on_rows(len(status), len(bad))
+                self._tell_times()
             start = time.perf_counter()
-            writer.commit(manifest_table(done + rows))
+            table = manifest_table(done + rows) if store.array == LATENTS else None
+            writer.commit(table, removed=known.removed_in(span))
             self.times["write"] += time.perf_counter() - start
+            self._tell_times()
         outcome.seconds = dict(self.times)
+        outcome.notes = list(getattr(self.encoder, "notes", ()))
         return outcome
 
-    def _decoded(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, list[images.Pixels | ImageError]]]:
-        """Yield (first row, decoded batch), reading two batches ahead."""
+    def _decoded(
+        self, rows: list[dict[str, Any]], start_row: int, known: Known
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yield (first row, decoded batch), reading two batches, or 16 images, ahead."""
         size = self.encoder.batch
+        depth = max(2, _AHEAD // size)
         ahead: deque[tuple[int, list[Future[images.Pixels | ImageError]]]] = deque()
         for first in range(0, len(rows), size):
-            ahead.append((first, [self.pool.submit(self._load, r) for r in rows[first : first + size]]))
-            if len(ahead) > 2:
+            batch = enumerate(rows[first : first + size], start_row + first)
+            ahead.append((first, [self.pool.submit(self._load, row, i, known) for i, row in batch]))
+            if len(ahead) > depth:
                 yield self._wait(*ahead.popleft())
         while ahead:
             yield self._wait(*ahead.popleft())
 
-    def _wait(
-        self, first: int, futures: list[Future[images.Pixels | ImageError]]
-    ) -> tuple[int, list[images.Pixels | ImageError]]:
+    def _wait(self, first: int, futures: list[Future[images.Pixels | ImageError]]) -> tuple[int, Batch]:
         start = time.perf_counter()
         batch = [f.result() for f in futures]
         self.times["wait"] += time.perf_counter() - start
         return first, batch
 
-    def _load(self, row: dict[str, Any]) -> images.Pixels | ImageError:
+    def _load(self, listed: dict[str, Any], row: int, known: Known) -> images.Pixels | ImageError:
+        item: images.Pixels | ImageError | None = known.of(row)
+        if item is not None:
+            return item
+        start = time.perf_counter()
         try:
-            return self.source.load(row, self.encoder.space.image_size, max_pixels=self.max_pixels)
+            item = self.source.load(listed, self.encoder.space.image_size, max_pixels=self.max_pixels)
         except ImageError as exc:
-            return exc
+            item = exc
+        spent = time.perf_counter() - start
+        decode = 0.0
+        if isinstance(item, images.Pixels):
+            decode, item = item.decode_seconds, known.refuse(row, item) or item
+        with self._pool_times:
+            self.times["read"] += spent - decode
+            self.times["decode"] += decode
+        return item
 
-    def _encode(
+    def _tell_times(self) -> None:
+        if self.on_times is not None:
+            now = dict(self.times)
+            self.on_times({share: seconds - self._told.get(share, 0.0) for share, seconds in now.items()})
+            self._told = now
+
+    def _under_way(
+        self, decoded: Iterator[tuple[int, Batch]], start_row: int
+    ) -> Iterator[tuple[int, Batch, Callable[[], npt.NDArray[np.float32]]]]:
+        """Yield each batch with what waits for its latents, when the next one has begun.
+
+        So a GPU has work while the batch before is written.
+        """
+        before: tuple[int, Batch, Callable[[], npt.NDArray[np.float32]]] | None = None
+        for first, batch in decoded:
+            begun = first, batch, self._begin(batch, start_row + first)
+            if before is not None:
+                yield before
+            before = begun
+        if before is not None:
+            yield before
+
+    def _begin(self, batch: Batch, row: int) -> Callable[[], npt.NDArray[np.float32]]:
+        """Hand one batch to the encoder at its fixed shape."""
+        pixels = blank_batch(self.encoder)
+        for i, item in enumerate(batch):
+            if isinstance(item, images.Pixels):
+                pixels[i] = item.rgb
+        start = time.perf_counter()
+        latents = begin(self.encoder, pixels, np.arange(row, row + self.encoder.batch, dtype=np.int64))
+        self.times["encode"] += time.perf_counter() - start
+        return latents
+
+    def _write(
         self,
-        batch: list[images.Pixels | ImageError],
+        batch: Batch,
+        latents: Callable[[], npt.NDArray[np.float32]],
         inputs: list[dict[str, Any]],
         start_row: int,
         first: int,
         writer: ShardWriter,
     ) -> tuple[list[dict[str, Any]], npt.NDArray[np.uint8]]:
-        """Encode one batch at the encoder's fixed shape, append it, and return its manifest rows."""
-        size = self.encoder.space.image_size
-        # Always the same shape: a network's last bits may depend on the number of pictures in a call.
-        pixels = np.zeros((self.encoder.batch, size, size, 3), np.uint8)
-        status = np.zeros(len(batch), np.uint8)
-        for i, item in enumerate(batch):
-            if isinstance(item, images.Pixels):
-                pixels[i] = item.rgb
-                status[i] = OK
-            else:
-                status[i] = STATUS_CODE[item.status]
-        rows = np.arange(start_row + first, start_row + first + self.encoder.batch, dtype=np.int64)
+        """Wait for the latents of one batch, append them, and return its manifest rows."""
+        status = np.array(
+            [OK if isinstance(i, images.Pixels) else STATUS_CODE[i.status] for i in batch], np.uint8
+        )
         start = time.perf_counter()
-        latents = self.encoder.encode(pixels, rows)[: len(batch)]
+        ready = latents()[: len(batch)]
         encoded = time.perf_counter()
-        stored = writer.append(latents, status)
+        stored = writer.append(ready, status)
         self.times["encode"] += encoded - start
         self.times["write"] += time.perf_counter() - encoded
         manifest = [
@@ -176,26 +237,3 @@ def _manifest_row(
             "reason": "the encoder's output is not finite in the stored dtype",
         }
     return out | {"status": "ok", "reason": item.note}
-
-
-def _kept_rows(store: LatentStore, shard: int) -> tuple[npt.NDArray[Any], pa.Table] | None:
-    """Return what a shorter, committed version of this shard holds, checked against its record.
-
-    The record's checksum covers the payload of its rows alone, so it validates both the old file and a
-    longer one that was renamed into place before its record (a kill between the two loses nothing).
-    """
-    record = Record.read(store.root, shard)
-    if record is None or record.space_id != store.space.id or record.rows >= len(store.layout.span(shard)):
-        return None
-    part = store.root / "manifest" / record.manifest_part
-    try:
-        if zlib.crc32(part.read_bytes()) != record.manifest_crc32:
-            return None
-        latents = np.fromfile(
-            latents_file(store.root, shard), store.layout.dtype, count=record.rows * store.layout.dim
-        )
-    except OSError:
-        return None
-    if latents.size != record.rows * store.layout.dim or zlib.crc32(latents.data) != record.latents_crc32:
-        return None
-    return latents.reshape(record.rows, -1), store.manifest_part(record)

@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from latentstore.encoders import Encoder
+from latentstore import codecs
+from latentstore.changes import Change
+from latentstore.encoders import Encoder, blank_batch
 from latentstore.errors import CorruptStoreError, ImageError
-from latentstore.schema import OK
+from latentstore.removal import REMOVED, Removed, read_removed
+from latentstore.schema import LATENTS, OK
+from latentstore.seal import SEAL, read_seal
 from latentstore.shards import (
     Record,
     latents_file,
+    pending_file,
     read_index_is_plain,
     record_file,
     status_file,
 )
 from latentstore.sources import Source
-from latentstore.store import SEAL, LatentStore, read_seal
+from latentstore.store import LatentStore
 
 _PIECE = 8 << 20
 
@@ -34,6 +39,7 @@ class Damage:
     shard: int | None
     what: str
     detail: str
+    array: str = LATENTS
 
 
 @dataclass
@@ -51,6 +57,8 @@ class Verification:
         Shards that were never committed: unfinished, not damaged.
     sampled, worst : int, float
         Rows encoded again, and the largest difference of one, relative to the row's norm.
+    sources : list of Change, or None
+        Committed files that are no longer as they were read; None when they were not looked at.
     """
 
     shards: int = 0
@@ -59,15 +67,23 @@ class Verification:
     open_shards: int = 0
     sampled: int = 0
     worst: float = 0.0
+    sources: list[Change] | None = None
 
     @property
-    def damaged_shards(self) -> list[int]:
-        """The shards to be made anew."""
-        return sorted({d.shard for d in self.damages if d.shard is not None})
+    def findings(self) -> bool:
+        """Whether anything is not as recorded; a file that was only touched is."""
+        return bool(self.damages) or any(change.what != "touched" for change in self.sources or [])
+
+    @property
+    def damaged_shards(self) -> list[tuple[str, int]]:
+        """The (array, shard) to be made anew."""
+        return sorted({(d.array, d.shard) for d in self.damages if d.shard is not None})
 
 
 def verify(store: LatentStore, *, on_rows: Callable[[int, int], None] | None = None) -> Verification:
     """Check every checksum, record and manifest part against each other and against the committed list.
+
+    All arrays of the store are checked.
 
     Parameters
     ----------
@@ -75,29 +91,72 @@ def verify(store: LatentStore, *, on_rows: Callable[[int, int], None] | None = N
     on_rows : callable, optional
         Called with (rows checked, damaged rows among them) after each shard.
     """
-    found = Verification()
+    found = Verification(damages=_metadata(store))
     inputs: Any = None
     try:
-        inputs = store.inputs()
-        if inputs.num_rows < len(store):
+        # What fails its checksum is not read: flipped bytes can be any text, or none.
+        if not any("inputs/" in damage.detail for damage in found.damages):
+            inputs = store.inputs()
+        if inputs is not None and inputs.num_rows < len(store):
             found.damages.append(
                 Damage(None, "input list", f"{inputs.num_rows} inputs for {len(store)} rows")
             )
             inputs = None
     except Exception as exc:  # Parquet's readers raise many kinds on flipped bytes
         found.damages.append(Damage(None, "input list", f"cannot be read ({type(exc).__name__})"))
-    found.damages += _metadata(store)
-    for shard in range(store.layout.n_shards):
-        span = store.layout.span(shard)
-        damages, size = _shard(store, shard, inputs)
-        found.damages += damages
-        found.shards += 1
-        found.bytes += size
-        if not damages and not record_file(store.root, shard).exists():
-            found.open_shards += 1
-        if on_rows is not None:
-            on_rows(len(span), len(span) if damages else 0)
+    removed = _removed(store, found)
+    for name in store.arrays():
+        array = LatentStore(store.root, name)
+        for shard in range(array.layout.n_shards):
+            _check(array, shard, inputs, removed, found, on_rows)
     return found
+
+
+def _check(
+    store: LatentStore,
+    shard: int,
+    inputs: Any,
+    removed: Removed,
+    found: Verification,
+    on_rows: Callable[[int, int], None] | None,
+) -> None:
+    """Check one shard of one array."""
+    damages, size = _shard(store, shard, inputs)
+    if not damages:
+        damages = _still_there(store, shard, removed)
+    if pending_file(store.root, shard, store.array).exists():
+        text = f"was interrupted; `latentstore remove --store {store.root}` finishes it"
+        damages.append(Damage(None, "removal", text))
+    found.damages += [replace(d, array=store.array) for d in damages]
+    found.shards += 1
+    found.bytes += size
+    if not damages and not record_file(store.root, shard, store.array).exists():
+        found.open_shards += 1
+    if on_rows is not None:
+        on_rows(len(store.layout.span(shard)), len(store.layout.span(shard)) if damages else 0)
+
+
+def _removed(store: LatentStore, found: Verification) -> Removed:
+    try:
+        return read_removed(store.root)
+    except CorruptStoreError as exc:
+        found.damages.append(Damage(None, "removed list", str(exc)))
+        return Removed()
+
+
+def _still_there(store: LatentStore, shard: int, removed: Removed) -> list[Damage]:
+    """Report rows that should have been removed, and a list that is gone."""
+    record = store.record(shard)
+    if record is None:
+        return []
+    span = range(record.start, record.start + record.rows)
+    codes = np.fromfile(status_file(store.root, shard, store.array), np.uint8)
+    if any(codes[row - span.start] != REMOVED for row in removed.rows if row in span):
+        text = f"has removed rows still in it; `latentstore remove --store {store.root}` finishes that"
+        return [Damage(None, "removal", f"shard {shard} {text}")]
+    if not removed.rows and (codes == REMOVED).any():
+        return [Damage(None, "removed list", f"is missing, but shard {shard} has removed rows")]
+    return []
 
 
 def sample_again(
@@ -106,7 +165,8 @@ def sample_again(
     """Encode some rows again from their files, and record those that differ beyond the stored precision.
 
     The tolerance is 64 times the stored dtype's epsilon, relative to the row's norm: rounding to that dtype
-    is half an epsilon a number; other kernels, libraries or devices move the rest.
+    is half an epsilon a number; other kernels, libraries or devices move the rest. A lossy codec's own bound
+    counts where it is larger.
     A file that is gone, or has changed since (by its hash), is passed over.
     """
     status = store.status()
@@ -114,11 +174,14 @@ def sample_again(
     chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:rows])
     if not len(chosen):
         return
-    manifest = store.manifest(["path", "sha256"]).take(chosen).to_pylist()
-    source = Source(_root(store))
-    tolerance = 64 * float(np.finfo(store.layout.dtype).eps)
-    for row, listed in zip(chosen.tolist(), manifest, strict=True):
-        latent = _encode_one(source, encoder, listed, row)
+    listed = store.inputs().select(["path", "path_raw"]).take(chosen).to_pylist()
+    # By row, not by place: shards that are not written have no manifest.
+    table = store.manifest(["row", "sha256"])
+    sha256 = dict(zip(table["row"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+    source = Source.recorded(store.origin)
+    tolerance = max(64 * float(np.finfo(store.layout.dtype).eps), codecs.relative_error(store.layout.codec))
+    for row, image in zip(chosen.tolist(), listed, strict=True):
+        latent = _encode_one(source, encoder, {**image, "sha256": sha256.get(row)}, row)
         if latent is None:
             continue
         stored = store.reader.read(row, row + 1)[0].astype(np.float64)
@@ -132,15 +195,9 @@ def sample_again(
 
 
 def discard(store: LatentStore, shards: list[int]) -> None:
-    """Take back the records of damaged shards, so that encoding makes just those anew; needs the lock."""
+    """Take back the records of damaged shards of this array, so that encoding makes just those anew."""
     for shard in shards:
-        record_file(store.root, shard).unlink(missing_ok=True)
-
-
-def _root(store: LatentStore) -> Any:
-    from pathlib import Path
-
-    return Path(store.origin["root"])
+        record_file(store.root, shard, store.array).unlink(missing_ok=True)
 
 
 def _encode_one(
@@ -152,13 +209,13 @@ def _encode_one(
         return None
     if picture.sha256 != listed["sha256"]:
         return None
-    pixels = np.zeros((encoder.batch, *picture.rgb.shape), np.uint8)
+    pixels = blank_batch(encoder)
     pixels[0] = picture.rgb
     return encoder.encode(pixels, np.full(encoder.batch, row))[0].astype(np.float64)
 
 
 def _metadata(store: LatentStore) -> list[Damage]:
-    """Check the files that belong to no shard against the seal, and the space against its id."""
+    """Check the files that belong to no shard against the seal, and the spaces against their ids."""
     out = []
     seal = read_seal(store.root)
     if not seal:
@@ -169,47 +226,51 @@ def _metadata(store: LatentStore) -> list[Damage]:
                 out.append(Damage(None, "metadata", f"{name} does not match its checksum"))
         except OSError as exc:
             out.append(Damage(None, "metadata", f"{name} cannot be read ({exc.strerror})"))
-    body = json.loads((store.root / "latents" / "zarr.json").read_text(encoding="utf-8"))
-    recorded = body["attributes"]["latentstore"]["space_id"]
-    if recorded != store.space.id:
-        out.append(Damage(None, "space", f"recorded as {recorded}, its fields hash to {store.space.id}"))
+    for array in store.arrays():
+        body = json.loads((store.root / array / "zarr.json").read_text(encoding="utf-8"))
+        recorded, space = body["attributes"]["latentstore"]["space_id"], LatentStore(store.root, array).space
+        if recorded != space.id:
+            out.append(Damage(None, "space", f"recorded as {recorded}, its fields hash to {space.id}", array))
     return out
 
 
 def _shard(store: LatentStore, shard: int, inputs: Any) -> tuple[list[Damage], int]:
-    record = Record.read(store.root, shard)
-    path = record_file(store.root, shard)
+    record = store.record(shard)
+    path = record_file(store.root, shard, store.array)
     if record is None:
         if path.exists():
             return [Damage(shard, "record", f"{path.name} does not match its own checksum")], 0
         return [], 0
     out: list[Damage] = []
+    if path.read_bytes() != record.to_bytes():
+        out.append(Damage(shard, "record", f"{path.name} has a byte between its values that was not written"))
     if record.space_id != store.space.id:
         out.append(Damage(shard, "record", f"of space {record.space_id}, not {store.space.id}"))
     span = store.layout.span(shard)
     if record.rows != len(span):
         return [], 0  # grown by an append that is not finished: open, not damaged
-    size = 0
+    size, part = 0, b""
     try:
         size = _latents(store, record, out)
-        status = status_file(store.root, shard).read_bytes()
-        part = (store.root / "manifest" / record.manifest_part).read_bytes()
+        status = status_file(store.root, shard, store.array).read_bytes()
+        if record.manifest_part:
+            part = (store.root / "manifest" / record.manifest_part).read_bytes()
     except OSError as exc:
         return [*out, Damage(shard, "file", f"{exc.filename} cannot be read ({exc.strerror})")], size
     if zlib.crc32(status) != record.status_crc32 or len(status) != store.layout.shard_rows:
         out.append(Damage(shard, "status", "does not match its checksum"))
     if zlib.crc32(part) != record.manifest_crc32:
         out.append(Damage(shard, "manifest", f"{record.manifest_part} does not match its checksum"))
-    elif inputs is not None:
+    elif record.manifest_part and inputs is not None:
         out += _agrees(store, record, inputs.slice(span.start, len(span)))
     return out, size + len(status) + len(part)
 
 
 def _latents(store: LatentStore, record: Record, out: list[Damage]) -> int:
     """Check the payload's checksum, the padding and the index; return the bytes read."""
-    path = latents_file(store.root, record.shard)
-    expected, crc = store.layout.shard_bytes(record.shard), 0
-    left = record.rows * store.layout.row_bytes
+    path, coded = latents_file(store.root, record.shard, store.array), record.latents_bytes
+    payload = coded or record.rows * store.layout.row_bytes
+    left, crc = payload, 0
     with path.open("rb") as file:
         while left:
             piece = file.read(min(_PIECE, left))
@@ -217,13 +278,13 @@ def _latents(store: LatentStore, record: Record, out: list[Damage]) -> int:
                 break
             crc, left = zlib.crc32(piece, crc), left - len(piece)
         tail = file.read()
-    if left or crc != record.latents_crc32:
+    if left or crc != record.latents_crc32 or (coded and tail):
         out.append(Damage(record.shard, "latents", "do not match their checksum"))
-    elif not read_index_is_plain(path, store.layout, record.shard):
+    elif not coded and not read_index_is_plain(path, store.layout, record.shard):
         out.append(Damage(record.shard, "index", "is not that of contiguous rows, or fails its checksum"))
-    elif any(tail[: len(tail) - 16 * store.layout.chunks_per_shard - 4]):
+    elif not coded and any(tail[: len(tail) - 16 * store.layout.chunks_per_shard - 4]):
         out.append(Damage(record.shard, "padding", "holds bytes that are not zero"))
-    return expected - left
+    return payload - left + len(tail)
 
 
 def _agrees(store: LatentStore, record: Record, inputs: Any) -> list[Damage]:

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from latentstore.create import create
 from latentstore.encode import Source, encode
 from latentstore.encoders import PatchEncoder
 from latentstore.manifest import input_table, manifest_table
 from latentstore.schema import OK, STATUS_NAMES, Layout, Space, StoreSpec
 from latentstore.shards import ShardWriter
-from latentstore.store import create, writing
+from latentstore.store import writing
 
 SLOW = Path(__file__).with_name("slow_encode.py")
 SIZE = 64

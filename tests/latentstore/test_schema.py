@@ -143,7 +143,7 @@ def test_spaces_do_not_meet():
 
 
 def test_status_codes_are_part_of_the_format():
-    names = "not_written ok unreadable too_large not_finite missing link_outside removed"
+    names = "not_written ok unreadable too_large not_finite missing link_outside removed changed killed"
     assert " ".join(STATUS_NAMES) == names
 
 

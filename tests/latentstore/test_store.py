@@ -29,6 +29,7 @@ from store_worlds import (
     write_shard,
 )
 
+from latentstore.create import create
 from latentstore.errors import (
     CorruptStoreError,
     StoreFormatError,
@@ -38,10 +39,11 @@ from latentstore.errors import (
     StoreWriteError,
     UsageError,
 )
+from latentstore.files import check_room, write_atomic
 from latentstore.manifest import manifest_table
-from latentstore.schema import CHUNK_ROWS, OK, STATUS_CODE, STATUS_NAMES, Layout, StoreSpec
-from latentstore.shards import Record, ShardWriter, is_done, latents_file, status_file, write_atomic
-from latentstore.store import check_room, create, open_store, settle, writing
+from latentstore.schema import CHUNK_ROWS, OK, SCHEMA_VERSION, STATUS_CODE, STATUS_NAMES, Layout, StoreSpec
+from latentstore.shards import Record, ShardWriter, is_done, latents_file, status_file
+from latentstore.store import open_store, settle, writing
 
 
 def numbers(n, dim=24, dtype="float16", seed=0):
@@ -213,9 +215,9 @@ def test_what_is_no_store_is_named(tmp_path):
         open_store(tmp_path / "other.zarr")
     root = make_store(tmp_path / "s.zarr", numbers(10)).root
     body = json.loads((root / "zarr.json").read_text())
-    body["attributes"]["latentstore"]["schema"] = 2
+    body["attributes"]["latentstore"]["schema"] = SCHEMA_VERSION + 1
     (root / "zarr.json").write_text(json.dumps(body))
-    with pytest.raises(StoreFormatError, match="schema 2"):
+    with pytest.raises(StoreFormatError, match=f"schema {SCHEMA_VERSION + 1}"):
         open_store(root)
 
 

@@ -105,7 +105,8 @@ def test_growing_keeps_the_seal(store, tmp_path):
     encode_patch(tmp_path / "in", store)
     assert not found(store)
     # Killed between the last resize and the seal: the next run seals, verify is content.
-    from latentstore.store import read_seal, settle, write_seal
+    from latentstore.seal import read_seal, write_seal
+    from latentstore.store import settle
 
     assert "inputs/part-000001.parquet" in read_seal(store)
     part = store / "inputs" / "part-000001.parquet"
