@@ -42,6 +42,8 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cli_start
 	$(BIN)/python -m benchmarks.store_io
+	$(BIN)/python -m benchmarks.encode_speed
+	$(BIN)/python -m benchmarks.scale
 
 # The report is tested in a real browser. Where none is installed and none may be, that test is skipped.
 browser:

@@ -79,13 +79,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One ranked reference of a match. ``thumbnail`` is a ``data:image/jpeg;base64,`` URI or empty."""
+    """One ranked reference of a match.
+
+    ``thumbnail`` is a ``data:image/jpeg;base64,`` URI or empty; ``near`` holds the paths of its copies and
+    near-duplicates, which stand with it.
+    """
 
     path: str
     identity: str
     score: float
     correct: bool | None = None
     thumbnail: str = ""
+    near: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,8 @@ from latentstore.shards import (
 from latentstore.sources import Source
 from latentstore.store import LatentStore
 
-_PIECE = 8 << 20
+_PIECE = 1 << 20
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -105,35 +109,42 @@ def verify(store: LatentStore, *, on_rows: Callable[[int, int], None] | None = N
     except Exception as exc:  # Parquet's readers raise many kinds on flipped bytes
         found.damages.append(Damage(None, "input list", f"cannot be read ({type(exc).__name__})"))
     removed = _removed(store, found)
-    for name in store.arrays():
-        array = LatentStore(store.root, name)
-        for shard in range(array.layout.n_shards):
-            _check(array, shard, inputs, removed, found, on_rows)
+    # Reading and checksums leave the interpreter free: threads check several shards at a time.
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
+        for name in store.arrays():
+            array = LatentStore(store.root, name)
+            looks = pool.map(partial(_look, array, inputs, removed), range(array.layout.n_shards))
+            for shard, (damages, size) in enumerate(looks):
+                _count(array, shard, damages, size, found, on_rows)
     return found
 
 
-def _check(
-    store: LatentStore,
-    shard: int,
-    inputs: Any,
-    removed: Removed,
-    found: Verification,
-    on_rows: Callable[[int, int], None] | None,
-) -> None:
-    """Check one shard of one array."""
+def _look(store: LatentStore, inputs: Any, removed: Removed, shard: int) -> tuple[list[Damage], int]:
+    """Check one shard of one array; return what is wrong and the bytes read."""
     damages, size = _shard(store, shard, inputs)
-    if not damages:
-        damages = _still_there(store, shard, removed)
+    damages = damages or _still_there(store, shard, removed)
     if pending_file(store.root, shard, store.array).exists():
         text = f"was interrupted; `latentstore remove --store {store.root}` finishes it"
         damages.append(Damage(None, "removal", text))
-    found.damages += [replace(d, array=store.array) for d in damages]
+    return [replace(d, array=store.array) for d in damages], size
+
+
+def _count(
+    store: LatentStore,
+    shard: int,
+    damages: list[Damage],
+    size: int,
+    found: Verification,
+    on_rows: Callable[[int, int], None] | None,
+) -> None:
+    found.damages += damages
     found.shards += 1
     found.bytes += size
     if not damages and not record_file(store.root, shard, store.array).exists():
         found.open_shards += 1
     if on_rows is not None:
-        on_rows(len(store.layout.span(shard)), len(store.layout.span(shard)) if damages else 0)
+        rows = len(store.layout.span(shard))
+        on_rows(rows, rows if damages else 0)
 
 
 def _removed(store: LatentStore, found: Verification) -> Removed:
@@ -271,12 +282,14 @@ def _latents(store: LatentStore, record: Record, out: list[Damage]) -> int:
     path, coded = latents_file(store.root, record.shard, store.array), record.latents_bytes
     payload = coded or record.rows * store.layout.row_bytes
     left, crc = payload, 0
-    with path.open("rb") as file:
+    buffer = memoryview(bytearray(_PIECE))  # reused: fresh pages cost more than the checksum
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while left:
-            piece = file.read(min(_PIECE, left))
-            if not piece:
+            got = file.readinto(buffer[:left])
+            if not got:
                 break
-            crc, left = zlib.crc32(piece, crc), left - len(piece)
+            crc, left = zlib.crc32(buffer[:got], crc), left - got
         tail = file.read()
     if left or crc != record.latents_crc32 or (coded and tail):
         out.append(Damage(record.shard, "latents", "do not match their checksum"))

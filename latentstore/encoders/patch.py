@@ -36,7 +36,7 @@ class PatchEncoder:
     ``latentstore/data/patch.json`` for the data and the PSNR on held-out photos.
     """
 
-    batch = 64
+    batch = 28  # divides the rows of a chunk, and so of a shard: no padding but in the last one
 
     def __init__(self, image_size: int = 256, batch: int | None = None) -> None:
         from safetensors.numpy import load

@@ -222,7 +222,7 @@ class Source:
 
     def readers(self, inputs: pa.Table) -> int | None:
         """Return how many threads keep a network busy, or None where all files are on this machine."""
-        remote = isinstance(self.root, str) or any(map(is_url, inputs["path"].to_pylist()))
+        remote = isinstance(self.root, str) or any(is_url(path.as_py()) for path in inputs["path"])
         return urls.READERS if remote else None
 
     def refresh(self) -> None:

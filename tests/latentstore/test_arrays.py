@@ -68,7 +68,7 @@ def test_rows_follow_the_first_array(folder, root):
     summary = add(folder, root)
     assert summary.counts == {"ok": 99, "unreadable": 1}
     picture(77).save(folder / "0004.png", compress_level=1)
-    summary = add(folder, root, name="later")
+    summary = add(folder, root, name="later", size=16)
     assert open_store(root / "later").status()[4] == STATUS_CODE["changed"]
     assert not open_store(root / "later").reader.read(4, 5).any()
     assert summary.bad[-1][1] == "changed"

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
+import numpy as np
 import pytest
-from store_worlds import data_files, encode_patch, partials, photo_folder
+from odd_sources import Blank, Slow
+from store_worlds import data_files, encode_patch, make_store, partials, photo_folder
 
-from latentstore.cluster import ClusterError, connect, on_cluster
-from latentstore.encode import Source, encode
+from latentstore import cluster
+from latentstore.cluster import (
+    FAILURES_TOPIC,
+    WINDOW,
+    ClusterError,
+    _Progress,
+    connect,
+    describe,
+    on_cluster,
+)
+from latentstore.encode import Job, Source, encode
 from latentstore.encoders import PatchEncoder
 from latentstore.errors import SpaceMismatchError, UsageError
 from latentstore.store import open_store
+from latentstore.tasks import ShardOutcome
 
 RECIPE = {"name": "patch", "image_size": 64}
 N = 1300  # 16 shards of 84 rows: more than fit the window of two workers
@@ -47,23 +60,23 @@ def test_workers_write_the_same_bytes(photos, undisturbed, tmp_path, client):
     summary = run(photos, tmp_path / "s.zarr", client, on_rows=lambda rows, bad: seen.append((rows, bad)))
     assert data_files(tmp_path / "s.zarr") == data_files(undisturbed)
     assert (summary.encoded, sum(r for r, _ in seen)) == (N, N)
-    assert set(summary.seconds) == {"total", "wait", "encode", "write"}
+    assert set(summary.seconds) == {"total", "read", "decode", "wait", "encode", "write"}
     again = run(photos, tmp_path / "s.zarr", client)
     assert again.encoded == 0
 
 
 def test_a_killed_worker_costs_its_open_shards_alone(photos, undisturbed, tmp_path, client):
     pids = sorted(client.run(os.getpid).values())
-    finished = []
+    told = []
 
     def kill_once(rows, bad):
-        finished.append(rows)
-        if len(finished) == 1:
+        told.append(rows)
+        if len(told) == 1:
             os.kill(pids[0], signal.SIGKILL)
 
     root = tmp_path / "s.zarr"
     summary = run(photos, root, client, on_rows=kill_once)
-    assert summary.encoded >= N
+    assert summary.encoded == sum(told) == N, "what is made twice counts once"
     assert not partials(root)
     assert data_files(root) == data_files(undisturbed)
     assert open_store(root).counts() == {"ok": N}
@@ -77,6 +90,8 @@ def test_bad_images_are_recorded_by_workers_too(tmp_path, client):
     summary = run(folder, tmp_path / "s.zarr", client)
     assert summary.counts == {"ok": 99, "unreadable": 1}
     assert summary.bad == [("0050.png", "unreadable", "not an image")]
+    failures = [event for _, event in client.get_events(FAILURES_TOPIC) if event["store"] == summary.store]
+    assert [(f["path"], f["status"]) for f in failures] == [("0050.png", "unreadable")]
 
 
 def test_append_on_a_cluster(photos, tmp_path, client):
@@ -106,11 +121,70 @@ def test_a_worker_with_another_encoder_is_refused(tmp_path, client):
 
 def test_any_cluster_by_its_address(photos, undisturbed, tmp_path, client):
     with connect(scheduler=client.scheduler.address) as other:
+        assert describe(other) == f"the Dask cluster at {client.scheduler.address} (2 workers)"
+        assert describe(client) == "2 local processes"
         run(photos, tmp_path / "s.zarr", other)
     assert data_files(tmp_path / "s.zarr") == data_files(undisturbed)
 
 
-def test_unreachable_and_ambiguous_clusters():
+def test_progress_comes_by_the_batch(tmp_path, client):
+    """A slow shard of 84 rows is told in batches of 64 and 20, with what each took."""
+    folder = photo_folder(tmp_path / "in", 84)
+    rows, seconds = [], []
+    summary = encode(
+        Slow(folder, pause=0.02),
+        tmp_path / "s.zarr",
+        PatchEncoder(64),
+        run=on_cluster(client, RECIPE),
+        on_rows=lambda *told: rows.append(told),
+        on_times=seconds.append,
+    )
+    assert rows == [(64, 0), (20, 0)]
+    for share in ("read", "decode", "encode", "write", "wait"):
+        # The same numbers, added in another order: each addition rounds to half an eps of a sum that grows.
+        told = sum(more.get(share, 0.0) for more in seconds)
+        assert told == pytest.approx(summary.seconds[share], rel=10 * np.finfo(float).eps)
+    assert summary.seconds["read"] > 84 * 0.02 > summary.seconds["decode"]
+
+
+def test_rows_count_once_however_often_a_shard_is_tried(tmp_path):
+    store = make_store(tmp_path / "s.zarr", np.ones((180, 4), np.float16), only=[0])
+    told = []
+    job = Job(store, [1, 2], store.inputs(), Source(tmp_path), None, 1, lambda *rows: told.append(rows))
+    progress = _Progress(job)
+    for shard, rows, bad in [(1, 64, 2), (2, 12, 0), (1, 30, 1), (1, 64, 2), (1, 70, 3)]:
+        progress.heard({"shard": shard, "rows": rows, "bad": bad, "seconds": {}})
+    assert told == [(64, 2), (12, 0), (6, 1)]
+    progress.finished(ShardOutcome(1, encoded=84, n_bad=3))
+    # A worker was lost after its commit; the next one had rows to make that were there at the start.
+    assert progress.finished(ShardOutcome(2, encoded=500)).encoded == 12
+    assert told == [(64, 2), (12, 0), (6, 1), (14, 0)]
+    assert sum(rows for rows, _ in told) == 180 - 84
+
+
+def test_the_scheduler_holds_no_more_than_the_window(tmp_path, client):
+    """200 shards; each outcome is forgotten as soon as it is told."""
+    held = []
+
+    def look(rows, bad):
+        held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+
+    summary = encode(
+        Blank(tmp_path, rows=200 * 84),
+        tmp_path / "s.zarr",
+        PatchEncoder(8),
+        shard_rows=84,
+        run=on_cluster(client, {"name": "patch", "image_size": 8}),
+        on_rows=look,
+    )
+    assert summary.encoded == 200 * 84
+    assert len(held) >= 200
+    # A window of tasks, and as many again that are being let go; without that it would hold all 200.
+    assert max(held) <= 2 * (2 * WINDOW)
+
+
+def test_unreachable_and_ambiguous_clusters(monkeypatch):
+    monkeypatch.setattr(cluster, "WAIT_FOR_SCHEDULER", 2)
     with (
         pytest.raises(ClusterError, match="No Dask scheduler answers"),
         connect(scheduler="tcp://127.0.0.1:9"),
@@ -121,8 +195,23 @@ def test_unreachable_and_ambiguous_clusters():
             pass
 
 
-def test_two_jobs_on_one_machine(client):
-    """A second local cluster beside the first starts without a word (warnings are errors here)."""
+def test_two_jobs_on_one_machine_and_their_dashboards(photos, tmp_path, client):
+    """A second local cluster beside the first starts without a word (warnings are errors here).
+
+    Its dashboard's page of fine performance metrics shows the shares: it reads cumulative_worker_metrics.
+    """
+
+    def metrics(dask_scheduler):
+        taken = dask_scheduler.cumulative_worker_metrics.items()
+        return {k[2]: v for k, v in taken if k[0] == "execute" and k[1] == "encode" and k[3] == "seconds"}
+
     with connect(workers=1) as other:
-        assert other.submit(sum, (1, 2)).result(timeout=60) == 3
         assert other.scheduler.address != client.scheduler.address
+        summary = run(photos, tmp_path / "s.zarr", other)
+        expected = {share: summary.seconds[share] for share in ("read", "decode", "encode", "write")}
+        deadline, shown = time.monotonic() + 30, {}
+        while not shown.keys() >= expected.keys() or shown["write"] < 0.999 * expected["write"]:
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.1)  # workers send their metrics with their heartbeats
+            shown = other.run_on_scheduler(metrics)
+        assert {share: shown[share] for share in expected} == pytest.approx(expected)

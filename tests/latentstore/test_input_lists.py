@@ -201,3 +201,25 @@ def test_a_path_listed_twice_is_refused(tmp_path):
     (tmp_path / "m.csv").write_text("path\na.png\na.png\n")
     with pytest.raises(ManifestError, match=r"a\.png is listed twice"):
         list_manifest(tmp_path / "m.csv")
+
+
+def test_a_long_list_is_checked_as_a_whole():
+    """Rows are made into a table some thousand at a time; two splits of one identity may lie far apart."""
+    rows = [{"path": f"{i:05d}.png"} for i in range(10_000)]
+    table = input_table(rows)
+    assert table.num_rows == 10_000
+    assert table.slice(7000, 3).equals(input_table(rows[7000:7003]))
+    assert input_table(iter(())).equals(table.slice(0, 0))
+    rows[3] |= {"identity": "x", "split": "train"}
+    rows[9999] |= {"identity": "x", "split": "test"}
+    with pytest.raises(ManifestError, match=r"'x' is in two splits \(train and test\)"):
+        input_table(rows)
+
+
+def test_committed_rows_do_not_change():
+    committed = input_table([{"path": f"{i}.png", "prompt": "a cat"} for i in range(9)])
+    rows = [{"path": f"{i}.png", "prompt": "a cat"} for i in (8, 2, 5, 11)]
+    assert new_inputs(input_table(rows), committed)["path"].to_pylist() == ["11.png"], "order plays no part"
+    rows[2]["prompt"] = "a dog"
+    with pytest.raises(ManifestError, match=r"5\.png: prompt is now 'a dog'; .* made with 'a cat'"):
+        new_inputs(input_table(rows), committed)
