@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test lint format bench browser clean
+.PHONY: help demo test lint format bench prove browser clean
 
 help:
 	@echo "make demo    the whole way on real photographs; prints where its page is"
 	@echo "make test    install everything and run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks; results go to benchmarks/results"
+	@echo "make prove   the store under faults: kills, a full disk, poisonous images, flipped bytes"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +45,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.store_io
 	$(BIN)/python -m benchmarks.encode_speed
 	$(BIN)/python -m benchmarks.scale
+
+prove: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.faults
 
 # The report is tested in a real browser. Where none is installed and none may be, that test is skipped.
 browser:

@@ -351,9 +351,10 @@ class _Run:
         except KilledWorker as exc:
             if attempt.tries >= APART_TRIES:
                 raise ClusterError(
-                    f"Shard {attempt.shard} took its worker down again and again ({exc}), also with its "
-                    "images decoded in processes of their own. The other finished shards are kept. The "
-                    "workers' memory, or what their encoder runs on, is the likely cause."
+                    f"Shard {attempt.shard} took its worker down again and again (the last one was "
+                    f"{exc.last_worker.address}), also with its images decoded in processes of their own. "
+                    "The other finished shards are kept. The workers' memory, or what their encoder runs on, "
+                    "is the likely cause."
                 ) from exc
             self.killers += not attempt.apart
             self._submit(attempt.shard, apart=True, tries=attempt.tries + 1)

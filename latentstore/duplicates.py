@@ -255,7 +255,7 @@ def _near_cells(sketch: npt.NDArray[np.float32], least: float) -> tuple[Rows, in
     n, m = sketch.shape
     cells = max(1, min(int(4 * np.sqrt(n)), n // 40))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(m), m, cells, faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = min(32, cells)
+    index.nprobe, index.cp.niter = min(32, cells), 10
     index.train(sketch[np.sort(np.random.default_rng(0).permutation(n)[: 64 * cells])])
     index.add(sketch)
     found: list[Rows] = []

@@ -172,16 +172,16 @@ def serve() -> None:
     # Decoders that print must not write into the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    source = pickle.load(questions)  # noqa: S301 - from our own parent
-    answer: Any = ("ready", None)
-    while True:
-        answers.write(_packed(answer))
-        answers.flush()
-        try:
+    try:
+        source = pickle.load(questions)  # noqa: S301 - from our own parent
+        answer: Any = ("ready", None)
+        while True:
+            answers.write(_packed(answer))
+            answers.flush()
             listed, size, max_pixels = pickle.load(questions)  # noqa: S301
-        except EOFError:
-            return
-        answer = _answer(source, listed, size, max_pixels)
+            answer = _answer(source, listed, size, max_pixels)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent has gone, or is done
 
 
 def _answer(source: Source, listed: dict[str, Any], size: int, max_pixels: int) -> tuple[str, Any]:

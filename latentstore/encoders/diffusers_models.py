@@ -29,8 +29,8 @@ from latentstore.encoders.devices import (
 from latentstore.errors import EncoderError, UsageError
 from latentstore.schema import Posterior, Space
 
-# Measured on two cores, more pictures in a call gain a CPU nothing, and each query is padded to a batch. A GPU
-# needs some to be filled (its number is not measured yet); 28 divides the rows of a chunk, so shards need no padding.
+# Measured on two cores, more pictures in a call gain a CPU nothing, and each query is padded to a batch.
+# A GPU needs some to be filled (its number is not measured yet); 28 divides the rows of every full shard.
 CPU_BATCH, CUDA_BATCH = 1, 28
 
 

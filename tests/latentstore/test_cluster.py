@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from odd_sources import Blank, Slow
+from odd_sources import Blank, Fatal, Slow
 from store_worlds import data_files, encode_patch, make_store, partials, photo_folder
 
 from latentstore import cluster
@@ -128,7 +128,7 @@ def test_any_cluster_by_its_address(photos, undisturbed, tmp_path, client):
 
 
 def test_progress_comes_by_the_batch(tmp_path, client):
-    """A slow shard of 84 rows is told in batches of 64 and 20, with what each took."""
+    """A slow shard is told by its batches, with what each took, before it is done."""
     folder = photo_folder(tmp_path / "in", 84)
     rows, seconds = [], []
     summary = encode(
@@ -139,7 +139,9 @@ def test_progress_comes_by_the_batch(tmp_path, client):
         on_rows=lambda *told: rows.append(told),
         on_times=seconds.append,
     )
-    assert rows == [(64, 0), (20, 0)]
+    batch = PatchEncoder(64).batch
+    assert batch < 84
+    assert rows == [(min(batch, 84 - first), 0) for first in range(0, 84, batch)]
     for share in ("read", "decode", "encode", "write", "wait"):
         # The same numbers, added in another order: each addition rounds to half an eps of a sum that grows.
         told = sum(more.get(share, 0.0) for more in seconds)
@@ -181,6 +183,18 @@ def test_the_scheduler_holds_no_more_than_the_window(tmp_path, client):
     assert len(held) >= 200
     # A window of tasks, and as many again that are being let go; without that it would hold all 200.
     assert max(held) <= 2 * (2 * WINDOW)
+
+
+def test_a_shard_that_kills_also_apart_ends_the_job(tmp_path, client, monkeypatch):
+    """Not the images' doing: the job fails in bounded time, in one paragraph."""
+    monkeypatch.setattr(cluster, "APART_TRIES", 1)
+    folder = photo_folder(tmp_path / "in", 10)
+    root = tmp_path / "s.zarr"
+    with pytest.raises(ClusterError, match=r"Shard 0 took its worker down again and again .* also with"):
+        encode(Fatal(folder), root, PatchEncoder(64), run=on_cluster(client, RECIPE))
+    assert open_store(root).todo() == [0]
+    client.wait_for_workers(2, timeout=60)
+    assert run(folder, root, client).counts == {"ok": 10}, "the next run goes on"
 
 
 def test_unreachable_and_ambiguous_clusters(monkeypatch):

@@ -153,6 +153,18 @@ def test_exact_search_equals_brute_force(monkeypatch, block):
     assert (found.score >= 0.85).all()
 
 
+def test_rounding_loses_no_pair_at_the_threshold():
+    """Its own score as threshold keeps a pair, though the float32 product falls on either side of it."""
+    latents = clusters(200, 48, spread=0.8)
+    whitening = whiten(latents.astype(np.float64))
+    graded = found_in(latents, whitening, threshold=0.85)
+    scores = np.unique(graded.score[graded.row != graded.group])
+    assert len(scores) > 30
+    for score in scores.tolist():
+        again = found_in(latents, whitening, threshold=score)
+        assert score in again.score.tolist()
+
+
 def test_candidates_of_the_sketch_are_scored_on_the_whole_latent():
     """Two rows that agree in the whitened directions and differ outside them are no duplicates."""
     rng = np.random.default_rng(0)
@@ -225,6 +237,7 @@ def test_equal_latents_are_one_group_with_score_one_and_cost_no_pairs():
     assert {frozenset(m) for m in found.members.values()} == {frozenset([3, 35, *range(10, 30)])}
     assert found.settings["pairs"] == 1
     assert found.settings["equal latents"] == 20
+    assert set(found.component.tolist()) == {3}
 
 
 def test_rows_are_named_as_the_store_numbers_them():
