@@ -89,7 +89,8 @@ def encode(
     ] = None,
     posterior: Annotated[PosteriorOption | None, typer.Option(help="Of a VAE.", show_default="mean")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the posterior's sample, drawn per row.", show_default="0", min=0)
+        int | None,
+        typer.Option(help="Of the posterior's sample, drawn per picture.", show_default="0", min=0),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of a new store.", show_default="float16")] = None,
     shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard, a multiple of 84.")] = None,
@@ -130,9 +131,7 @@ def encode(
     ] = False,
     check_sources: Annotated[
         bool,
-        typer.Option(
-            "--check-sources", help="Read committed files to find changes, not only size and time."
-        ),
+        typer.Option("--check-sources", help="Read committed files to find changes, not only size and time."),
     ] = False,
     skip_unreachable: Annotated[
         bool,
@@ -182,7 +181,7 @@ def encode(
         found = run_plan(images, store, **options)
         render.emit(render.plain(found)) if json_ else render.say(planned(found))
         return
-    with tracked("encode", "images", quiet=json_) as shown:
+    with tracked("encode", "images", first="loading the encoder, listing", quiet=json_) as shown:
         summary = run_encode(
             images,
             store,
@@ -197,9 +196,12 @@ def encode(
             on_rows=shown.on_rows,
             on_times=shown.on_times,
         )
-    render.emit(summary.__dict__) if json_ else render.say(render.encode_summary(summary))
+    relative_to = None if manifest is None else Path(images[0]) if images else manifest.absolute().parent
+    render.emit(summary.__dict__) if json_ else render.say(render.encode_summary(summary, relative_to))
     if strict and summary.counts.get("ok", 0) != summary.rows:
         raise typer.Exit(3)
+    if render.none_usable(summary):
+        raise typer.Exit(1)
 
 
 @guarded

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 _LOG_EVERY = 30.0
 """Seconds between progress lines where standard error is no terminal (a log file)."""
+_WINDOW = 30.0
+"""Seconds that the rate looks back: what it is now, not since the start."""
+_MARK_EVERY = 0.25
 SHARES = ("read", "decode", "encode", "write")
 
 
@@ -40,17 +45,24 @@ class Progress:
     done: int = 0
     bad: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
+    _marks: deque[tuple[float, int]] = field(default_factory=deque)
 
     def on_start(self, todo: int, total: int) -> None:
         """Take the number of rows to do, and of all rows."""
         del total
         self.todo = todo
+        self._marks.append((time.perf_counter(), self.done))
         self.show(self)
 
     def on_rows(self, rows: int, bad: int) -> None:
         """Count rows that are done, and the bad ones among them."""
         self.done, self.bad = self.done + rows, self.bad + bad
+        now, marks = time.perf_counter(), self._marks
+        if not marks or now - marks[-1][0] >= _MARK_EVERY:
+            marks.append((now, self.done))
+        # The first mark is the last one that is older than the window.
+        while len(marks) > 2 and marks[1][0] <= now - _WINDOW:
+            marks.popleft()
         self.show(self)
 
     def on_times(self, seconds: dict[str, float]) -> None:
@@ -61,8 +73,16 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Rows a second since the start."""
-        return self.done / max(time.perf_counter() - self.began, 1e-9)
+        """Rows a second over the last half minute or so; loading and listing do not count."""
+        if not self._marks:
+            return 0.0
+        since, done = self._marks[0]
+        return (self.done - done) / max(time.perf_counter() - since, 1e-9)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left at this rate; None where that is not known yet."""
+        return None if self.todo is None or not self.rate else (self.todo - self.done) / self.rate
 
     @property
     def speed(self) -> str:
@@ -71,23 +91,25 @@ class Progress:
 
 
 @contextmanager
-def tracked(label: str, unit: str, *, quiet: bool = False) -> Iterator[Progress]:
-    """Yield a :class:`Progress` that is drawn, or logged where there is no terminal."""
+def tracked(label: str, unit: str, *, first: str = "starting", quiet: bool = False) -> Iterator[Progress]:
+    """Yield a :class:`Progress` that is drawn, or logged where there is no terminal.
+
+    ``first`` says what happens before it is known how much there is to do.
+    """
     if quiet:
         yield Progress(unit, lambda progress: None)
     elif not sys.stderr.isatty():
         yield Progress(unit, _logger(label))
     else:
-        with _bar("{task.fields[speed]}", "{task.fields[bad]}") as bar:
-            task = bar.add_task(label, total=None, speed="", bad="", below="")
+        with _bar("{task.fields[now]}") as bar:
+            task = bar.add_task(label, total=None, now=first, below="")
 
             def draw(progress: Progress) -> None:
                 bar.update(
                     task,
                     total=progress.todo,
                     completed=progress.done,
-                    speed=progress.speed,
-                    bad=f"{progress.bad:,} bad" if progress.bad else "",
+                    now=_now(progress, first),
                     below=shares(progress.seconds),
                 )
 
@@ -109,18 +131,34 @@ def steps(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, fl
     if quiet or not sys.stderr.isatty():
         yield lambda step, total, loss: None
         return
-    with _bar("loss {task.fields[loss]:.3f}") as bar:
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    with _bar(MofNCompleteColumn(), "loss {task.fields[loss]:.3f}", TimeRemainingColumn()) as bar:
         task = bar.add_task(label, total=None, loss=0.0)
         yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss)
 
 
-def _bar(before_eta: str, after_eta: str = "") -> Any:
-    """Return a transient Rich bar on standard error, with a text before and one after the time left.
+def _now(progress: Progress, first: str) -> str:
+    """Return how far it is, how fast it goes and how long it takes yet, as text beside the bar."""
+    if progress.todo is None:
+        return first
+    left = progress.left
+    parts = [
+        f"{progress.done}/{progress.todo}",
+        progress.speed if progress.done else "",
+        "" if left is None else str(timedelta(seconds=round(left))),
+        f"{progress.bad:,} bad" if progress.bad else "",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _bar(*columns: Any) -> Any:
+    """Return a transient Rich bar on standard error, with columns (a str is a template) behind the bar.
 
     A task's field ``below`` is a line of its own: beside the bar it would squeeze the rest in 80 columns.
     """
     from rich.console import Console, RenderableType
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
     from rich.text import Text
 
     class Bar(Progress):
@@ -133,10 +171,7 @@ def _bar(before_eta: str, after_eta: str = "") -> Any:
     return Bar(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn(before_eta),
-        TimeRemainingColumn(),
-        TextColumn(after_eta),
+        *(TextColumn(column) if isinstance(column, str) else column for column in columns),
         console=Console(stderr=True),
         transient=True,
     )
@@ -150,7 +185,7 @@ def _logger(label: str) -> Callable[[Progress], None]:
         now = time.perf_counter()
         if now - last < _LOG_EVERY or not progress.done or progress.todo is None:
             return
-        last, left = now, (progress.todo - progress.done) / progress.rate
+        last, left = now, progress.left or 0.0
         of, where = f"{progress.done:,} of {progress.todo:,}", shares(progress.seconds)
         parts = [of, progress.speed, f"{left:,.0f} s left", f"{progress.bad} bad", where]
         sys.stderr.write(f"{label}: {', '.join(part for part in parts if part)}\n")

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from cli.demo import DemoResult
     from cli.duplicates import NearDuplicates
     from cli.solving import Solved
+    from cli.takedown import Chosen
     from cli.workflows import MatchResult
     from latentstore.encode import EncodeSummary
     from latentstore.removal import Removal
     from latentstore.results import Figure, Match, Report
     from latentstore.verify import Verification
+
 
 def say(text: str = "") -> None:
     """Print to standard output; control characters (of a hostile file name, say) are spelled out."""
@@ -32,6 +34,26 @@ def note(text: str) -> None:
     """Print to standard error."""
     sys.stderr.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
     sys.stderr.flush()
+
+
+def confirm(question: str) -> None:
+    """Ask on standard error alone: standard output may go to a file. Anything but yes ends the command.
+
+    Raises
+    ------
+    UsageError
+        Standard input is no terminal: nobody can answer.
+    """
+    import typer
+
+    from latentstore.errors import UsageError
+
+    if not sys.stdin.isatty():
+        raise UsageError("There is no terminal to ask in, and nothing was done: give --yes.")
+    sys.stderr.write(f"{question} [y/N]: ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 def emit(value: Any) -> None:
@@ -99,8 +121,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def encode_summary(summary: EncodeSummary) -> str:
-    """Return what an encode run did, in a few lines."""
+_HINTS = {
+    "link_outside": "--follow-links accepts links that lead out of the folder",
+    "too_large": "--max-pixels N decodes larger images",
+    "killed": "decoding them ended the process; after a repair of the files, --retry-bad reads them again",
+    "changed": "the files are not those that the first array was made of; encode that with --retry-changed",
+}
+"""What can be done about rows of a status."""
+
+
+def none_usable(summary: EncodeSummary) -> bool:
+    """Tell whether there are images, and all of those that were not removed are bad."""
+    return not summary.counts.get("ok") and bool(summary.counts.keys() - {"removed"})
+
+
+def encode_summary(summary: EncodeSummary, relative_to: Path | None = None) -> str:
+    """Return what an encode run did, in a few lines; a manifest's paths were ``relative_to`` a folder."""
     total = summary.seconds.get("total", 0.0)
     rate = f", {summary.encoded / total:,.0f} images/s" if summary.encoded and total > 0 else ""
     kept = summary.rows - summary.encoded
@@ -115,6 +151,10 @@ def encode_summary(summary: EncodeSummary) -> str:
         lines.append(f"  {summary.appended:,} new files were appended behind the others")
     bad = {k: v for k, v in summary.counts.items() if k != "ok"}
     lines.append(f"  {summary.counts.get('ok', 0):,} ok" + "".join(f", {v:,} {k}" for k, v in bad.items()))
+    hints = dict(_HINTS)
+    if relative_to is not None:
+        hints["missing"] = f"paths were taken as relative to {relative_to}; FOLDER in encode FOLDER decides"
+    lines += [f"    {status}: {hint}" for status, hint in hints.items() if status in bad]
     lines += [f"  Warning: {w}; rows encoded now may differ in their last bits" for w in summary.warnings]
     lines += [f"  Note: {note}" for note in summary.notes]
     lines += _changed_files(summary)
@@ -122,6 +162,8 @@ def encode_summary(summary: EncodeSummary) -> str:
     more = sum(bad.values()) - len(summary.bad)
     if summary.bad and more > 0:
         lines.append(f"    and {more:,} more; all are in the manifest")
+    if none_usable(summary):
+        lines.append("  None of the images can be used: the store holds no latent.")
     return "\n".join(lines)
 
 
@@ -262,29 +304,56 @@ def facts(values: dict[str, Any]) -> str:
                 yield f"{indent}{name}:"
                 yield from lines(held, indent + "  ")
             else:
-                yield f"{indent}{name}: {held:,}" if isinstance(held, int) else f"{indent}{name}: {held}"
+                yield f"{indent}{name}: {size(held) if name == 'bytes' else _fact(held)}"
 
     return "\n".join(lines(values, ""))
 
 
+def _fact(held: Any) -> str:
+    if held is None:
+        return "none"
+    if isinstance(held, bool):
+        return "yes" if held else "no"
+    if isinstance(held, list | tuple):
+        return ", ".join(map(str, held)) or "none"
+    return f"{held:,}" if isinstance(held, int) else str(held)
+
+
+def size(count: float) -> str:
+    """Return bytes in the unit that leaves one to three digits before the point."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def counted(n: int, what: str) -> str:
+    """Return a number of things: ``1 shard``, ``2 shards``."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def verified(found: Verification, store: Path, repaired: int) -> str:
     """Return what a check of a store found."""
-    lines = [f"{store}: {found.shards:,} shards, {found.bytes / 1e9:.2f} GB checked"]
+    lines = [f"{store}: {counted(found.shards, 'shard')}, {size(found.bytes)} checked"]
     if repaired:
-        lines.append(f"  {repaired:,} damaged shards were made anew")
+        lines.append(f"  damaged shards that were made anew: {repaired:,}")
     if found.sampled:
-        lines.append(f"  {found.sampled:,} rows encoded again; the largest difference is {found.worst:.2g}")
+        lines.append(
+            f"  {counted(found.sampled, 'row')} encoded again; the largest difference is {found.worst:.2g}"
+        )
     if found.open_shards:
-        lines.append(f"  {found.open_shards:,} shards are not written yet; run encode again")
+        lines.append(f"  {counted(found.open_shards, 'shard')} not written yet; run encode again")
     lines += [
         f"  DAMAGED {'store' if d.shard is None else f'shard {d.shard}'}: {d.what}: {d.detail}"
         for d in found.damages[:50]
     ]
     if found.damaged_shards and not repaired:
         lines.append(
-            f"  {len(found.damaged_shards):,} shards to make anew: latentstore verify {store} --repair"
+            f"  {counted(len(found.damaged_shards), 'shard')} to mend: latentstore verify {store} --repair"
         )
-    lines += [] if found.damages else ["  whole"]
+    if not found.damages:
+        lines.append("  what is written is whole" if found.open_shards else "  whole")
     return "\n".join([*lines, *_sources(found)])
 
 
@@ -314,9 +383,21 @@ def _sources(found: Verification) -> list[str]:
 
 def removed(done: Removal) -> str:
     """Return what a takedown did."""
-    rows = f"{len(done.rows):,} row{'s' * (len(done.rows) != 1)}"
+    if not done.rows and not done.shards:
+        return f"{done.store}: nothing to remove (already removed)."
     arrays = f" of {len(done.arrays)} arrays" if len(done.arrays) > 1 else ""
+    replaced = f"{counted(done.shards, 'shard')}{arrays} replaced"
+    if not done.rows:
+        return f"{done.store}: a removal that was interrupted is finished; {replaced}."
     return (
-        f"{done.store}: {rows} removed; {done.shards:,} shards{arrays} were replaced, and what was derived "
+        f"{done.store}: {counted(len(done.rows), 'row')} removed; {replaced}, and what was derived "
         "from them was deleted. Image files, and stores simulated from this one, were not touched."
     )
+
+
+def near_left(chosen: Chosen) -> str:
+    """Return which near-duplicates a takedown leaves, or that they are not known."""
+    if not chosen.near:
+        return chosen.note or "No near-duplicates of them are known in the store."
+    names = ", ".join(printable(path) for path in chosen.near[:10]) + (", …" if len(chosen.near) > 10 else "")
+    return f"{len(chosen.near):,} near-duplicates stay: {names}. --near removes them, too."

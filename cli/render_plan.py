@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cli.render import printable, table
+from cli.render import counted, printable, size, table
 from latentstore.plan import Extent, Pace, Plan
 from latentstore.trial import Costs
 
@@ -15,7 +15,7 @@ def planned(found: Plan) -> str:
     if found.costs is not None:
         lines += [f"      {printable(p)}: {status}: {why}" for p, status, why in found.costs.bad_named]
     lines += ["", "Extrapolated from it", *_pairs(_extrapolated(found)), ""]
-    lines.append(_table(found.extents))
+    lines.append(_table(found.extents, found.pace))
     return "\n".join(lines)
 
 
@@ -31,6 +31,7 @@ def _measured(found: Plan) -> list[tuple[str, str]]:
 
 
 def _costs(costs: Costs, batch: int) -> list[tuple[str, str]]:
+    encode = f"{costs.encode_ms:.2f} ± {costs.encode_spread_ms:.2f} ms ({costs.encode_cpu_ms:.2f} ms of CPU)"
     bad = f", {costs.bad:,} of them bad" if costs.bad else ", none bad"
     return [
         ("sample", f"{costs.sampled:,} images{bad}; {costs.file_bytes / 1e3:,.0f} kB a file"),
@@ -39,7 +40,7 @@ def _costs(costs: Costs, batch: int) -> list[tuple[str, str]]:
             "decode",
             f"{costs.decode_ms:.2f} ms with resizing; reading and decoding ± {costs.spread_ms:.2f} ms",
         ),
-        ("encode", f"{costs.encode_ms:.2f} ms ({costs.encode_cpu_ms:.2f} ms of CPU) at batches of {batch}"),
+        ("encode", f"{encode} at batches of {batch}"),
         ("write", f"{costs.write_rate / 1e6:,.0f} MB/s to the store's disk, with fsync"),
     ]
 
@@ -48,14 +49,15 @@ def _extrapolated(found: Plan) -> list[tuple[str, str]]:
     left = f"{found.rows_left:,} rows" + ("" if found.new else f" of {found.rows:,}")
     most = "at most " if found.codec else ""
     out = [
-        ("left to do", f"{left} in {found.shards_left:,} shards of {found.shard_rows:,} rows"),
+        ("left to do", f"{left} in {counted(found.shards_left, 'shard')} of {found.shard_rows:,} rows"),
         ("bytes", f"{most}{size(found.bytes_left)}: {found.dim:,} numbers a row as {found.dtype}, and lists"),
     ]
     if found.pace is None or found.hours is None or found.lost_seconds is None:
         return [*out, ("time", "unknown")]
+    rate = f"{1 / found.pace.seconds:,.1f} images/s"
     return [
         *out,
-        ("time", f"{duration(3600 * found.hours)} on this machine: {1 / found.pace.seconds:,.1f} images/s"),
+        ("time", f"{_range(found.hours, found.pace)} on this machine: {rate}"),
         ("limit", _limits(found.pace)),
         ("a kill costs", f"at most one open shard a worker: {duration(found.lost_seconds)}"),
     ]
@@ -70,28 +72,28 @@ def _limits(pace: Pace) -> str:
     return f"{pace.bottleneck}: {1000 * pace.seconds:.2f} ms an image ({', '.join(others)})"
 
 
-def _table(extents: list[Extent]) -> str:
+def _range(hours: float, pace: Pace) -> str:
+    """Return a time; two of them where the sample leaves more than a tenth open."""
+    if pace.spread <= 0.1:
+        return duration(3600 * hours)
+    ends = (duration(3600 * hours * (1 + side * min(pace.spread, 1))) for side in (-1, 1))
+    return " to ".join(ends)
+
+
+def _table(extents: list[Extent], pace: Pace | None) -> str:
     rows = []
     for e in extents:
-        hours = "unknown" if e.hours is None else f"{e.hours:,.3g}" if e.hours < 1000 else f"{e.hours:,.0f}"
-        rows.append([e.what, f"{e.rows:,}", f"{e.machines:,}", size(e.bytes), "" if e.fits else "no", hours])
+        time = "unknown" if e.hours is None or pace is None else _range(e.hours, pace)
+        fits = "yes" if e.fits else "no"
+        rows.append([e.what, f"{e.rows:,}", f"{e.machines:,}", size(e.bytes), fits, time])
     return (
-        table(["", "rows", "machines", "bytes", "fits here", "hours"], rows)
+        table(["", "rows", "machines", "bytes", "fits here", "time"], rows)
         + "\n  Machines like this one, on this disk; whole shards each; nothing else slows them."
     )
 
 
 def _pairs(pairs: list[tuple[str, str]]) -> list[str]:
     return [f"  {name:<12}  {text}" for name, text in pairs]
-
-
-def size(count: float) -> str:
-    """Return bytes in the unit that leaves one to three digits before the point."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.2f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def duration(seconds: float) -> str:

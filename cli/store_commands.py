@@ -27,7 +27,15 @@ def info(store: StoreArgument = STORE, json_: Json = False) -> None:
 def verify(
     store: StoreArgument = STORE,
     sample: Annotated[int, typer.Option(help="Encode so many rows again and compare.", min=0)] = 0,
-    repair: Annotated[bool, typer.Option(help="Make the damaged shards, and only those, anew.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Mend the damaged shards, and only those; from their files if need be."
+        ),
+    ] = False,
+    give_up_rows: Annotated[
+        bool, typer.Option("--give-up-rows", help="Mend also where rows are lost, as their files are gone.")
+    ] = False,
     sources: Annotated[
         bool, typer.Option("--sources", help="Also find image files of another size or time than was read.")
     ] = False,
@@ -48,6 +56,7 @@ def verify(
             store,
             sample=sample,
             repair=repair,
+            give_up_rows=give_up_rows,
             sources=sources,
             content=check_sources,
             on_start=on_start,
@@ -69,6 +78,9 @@ def remove(
     identity: Annotated[list[str] | None, typer.Option(help="Remove all rows of an identity.")] = None,
     store: Store = STORE,
     reason: Annotated[str, typer.Option(help="Recorded with the rows.")] = "taken down",
+    near: Annotated[
+        bool, typer.Option("--near", help="Also remove what was grouped with them as near-duplicates.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     json_: Json = False,
 ) -> None:
@@ -82,14 +94,17 @@ def remove(
     from cli import render
     from cli.takedown import choose, run_remove
 
-    chosen = choose(store, images or [], identity or [])
+    chosen = choose(store, images or [], identity or [], near=near)
+    if chosen.rows and not json_:
+        render.note(render.near_left(chosen))
     if chosen.rows and not yes:
         listed = "".join(f"\n  {render.printable(p)}" for p in chosen.paths[:20])
         more = f"\n  and {len(chosen.rows) - 20:,} more" if len(chosen.rows) > 20 else ""
         render.note(f"{len(chosen.rows):,} rows of {store} will be zeroed for good:{listed}{more}")
-        typer.confirm("Remove them?", abort=True, err=True)
+        render.confirm("Remove them?")
     done = run_remove(store, chosen.rows, reason=reason)
-    render.emit(render.plain(done)) if json_ else render.say(render.removed(done))
+    told = {**render.plain(done), "near_left": chosen.near, "note": chosen.note}
+    render.emit(told) if json_ else render.say(render.removed(done))
 
 
 @guarded

@@ -111,12 +111,15 @@ def run_encode(
         on_times=on_times,
     )
     if workers is None and scheduler is None:
-        return run()
+        summary = run()
+        summary.notes += source.notes
+        return summary
     from latentstore.cluster import connect, describe, on_cluster
 
     with connect(workers=workers, scheduler=scheduler) as client:
         summary = run(run=on_cluster(client, recipe, threads=threads))
         summary.ran_on = describe(client)
+    summary.notes += source.notes
     return summary
 
 

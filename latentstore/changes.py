@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 from latentstore.errors import ImageError, UsageError
-from latentstore.shards import record_file
 from latentstore.sources import Source
 from latentstore.sources.urls import READERS
 from latentstore.store import LatentStore
@@ -155,11 +154,8 @@ def _changed(source: Source, read: Read, was: Mapping[str, Any]) -> What | None:
         return "missing"
 
 
-def retry_changed(store: LatentStore, source: Source, *, content: bool = False) -> Changes:
-    """Take back the records of shards that hold files of another content; needs the writer's lock.
-
-    Encoding then makes those shards anew. Further arrays lose the same rows' shards, and have to be encoded
-    again, too: a row is one picture in all of them.
+def changed_rows(store: LatentStore, source: Source, *, content: bool = False) -> tuple[list[int], Changes]:
+    """Return the rows whose files hold another content now, and what else is not as it was read.
 
     Parameters
     ----------
@@ -168,32 +164,7 @@ def retry_changed(store: LatentStore, source: Source, *, content: bool = False) 
     source : Source
     content : bool
         Read every file to find other contents, not only those of another size or time.
-
-    Returns
-    -------
-    Changes
-        What was found and is not made anew: files that are gone.
-
-    Raises
-    ------
-    UsageError
-        A shard that would be made anew holds rows whose files are gone.
     """
     found = list(look(store, source, "all" if content else "moved"))
-    size = store.layout.shard_rows
-    anew = {change.row // size for change in found if change.what in ("size", "content")}
-    gone = [change for change in found if change.what == "missing" and change.row // size in anew]
-    if gone:
-        records = ", ".join(f"done/{shard:06d}.json" for shard in sorted(anew)[:5])
-        raise UsageError(
-            f"{len(gone)} files of the shards to be made anew are gone (the first: {gone[0].path}); their "
-            f"rows would be lost. Put the files back; or, to give those rows up, delete the records {records}"
-            f" of {store.root} and encode again."
-        )
-    for name in store.arrays():
-        array = LatentStore(store.root, name)
-        for shard in range(array.layout.n_shards):
-            span = array.layout.span(shard)
-            if anew & set(range(span.start // size, (span.stop - 1) // size + 1)):
-                record_file(store.root, shard, name).unlink(missing_ok=True)
-    return Changes.of(change for change in found if change.row // size not in anew)
+    rows = {change.row for change in found if change.what in ("size", "content")}
+    return sorted(rows), Changes.of(change for change in found if change.row not in rows)

@@ -9,6 +9,7 @@ tried once more with its images decoded in child processes, so that the image th
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -24,7 +26,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentstore.encode import Job, missing_rows
+from latentstore.encode import Job
 from latentstore.encoders import Encoder, load_encoder
 from latentstore.errors import LatentStoreError, MissingExtraError, UsageError
 from latentstore.files import sweep_partials
@@ -77,8 +79,19 @@ def _encoder(recipe: tuple[tuple[str, Any], ...]) -> Encoder:
     return load_encoder(**dict(recipe))
 
 
-def run_task(common: Common, shard: int, inputs: pa.Table, apart: bool) -> ShardOutcome:
-    """Make one shard: what a worker runs."""
+def run_task(common: Common, shard: int, inputs: pa.Table, apart: bool) -> ShardOutcome | LatentStoreError:
+    """Make one shard: what a worker runs.
+
+    An expected failure (a server that does not answer, a full disk) is returned: Dask would try again what
+    is raised, and the code that raised it has tried already.
+    """
+    try:
+        return _make(common, shard, inputs, apart)
+    except LatentStoreError as exc:
+        return exc
+
+
+def _make(common: Common, shard: int, inputs: pa.Table, apart: bool) -> ShardOutcome:
     from dask.distributed import get_worker
     from distributed.metrics import context_meter
 
@@ -134,7 +147,7 @@ class _Progress:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._missing = {shard: missing_rows(job.store, shard) for shard in job.todo}
+        self._missing = {shard: job.missing_rows(shard) for shard in job.todo}
         self._seen: dict[int, tuple[int, int]] = {}
 
     def heard(self, event: dict[str, Any]) -> None:
@@ -179,7 +192,10 @@ def connect(*, workers: int | None = None, scheduler: str | None = None) -> Iter
             "Dask's scheduler is not installed: pip install 'dask[distributed]'."
         ) from exc
     if workers is not None:
-        with _local(workers) as cluster, Client(cluster, set_as_default=False) as client:
+        with ExitStack() as stack:
+            with _interrupts_held():
+                cluster = stack.enter_context(_local(workers))
+                client = stack.enter_context(Client(cluster, set_as_default=False))
             yield client
         return
     try:
@@ -210,6 +226,22 @@ def _quiet_client() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start processes that Ctrl-C in a terminal does not reach: the driver alone decides what it means.
+
+    Processes inherit the signals that the thread which starts them holds back, and so do the threads of the
+    cluster, which start workers anew. Pressed meanwhile, Ctrl-C takes effect at the end.
+    """
+    # Started under the mask it would lift it: it is started before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _local(workers: int) -> Any:
@@ -346,8 +378,7 @@ class _Run:
         from dask.distributed import KilledWorker
 
         try:
-            outcome: ShardOutcome = attempt.future.result()
-            return outcome
+            outcome: ShardOutcome | LatentStoreError = attempt.future.result()
         except KilledWorker as exc:
             if attempt.tries >= APART_TRIES:
                 raise ClusterError(
@@ -364,6 +395,9 @@ class _Run:
                 f"The Dask scheduler was lost, or dropped shard {attempt.shard}. Finished shards are kept: "
                 "run the same command again when it is back."
             ) from exc
+        if isinstance(outcome, LatentStoreError):
+            raise outcome
+        return outcome
 
 
 def _gpu_resource(client: Any) -> dict[str, int] | None:

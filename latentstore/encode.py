@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,22 @@ import pyarrow as pa
 
 from latentstore import images
 from latentstore._version import __version__
-from latentstore.changes import Changes, look
-from latentstore.changes import retry_changed as discard_changed
+from latentstore.changes import Changes, changed_rows, look
 from latentstore.create import add_array, create
 from latentstore.encoders import Encoder
 from latentstore.errors import CorruptStoreError, LatentStoreError, UsageError
 from latentstore.isolation import Isolated, half_written
 from latentstore.manifest import is_url, new_inputs
-from latentstore.migrate import migrate
+from latentstore.migrate import migrate, record_origin
 from latentstore.removal import finish
 from latentstore.schema import LATENTS, OK, STATUS_CODE, Layout, StoreSpec, check_space
-from latentstore.shards import drop_unnamed_parts, record_file
+from latentstore.shards import record_file
 from latentstore.sources import Source
 from latentstore.store import LatentStore, exists, locate, open_store, settle, writing
 from latentstore.tasks import NAMED, OnRows, OnTimes, ShardOutcome, ShardTask
+
+LOOK_ROWS = 200_000
+"""Rows up to which every run looks at the files of committed rows; beyond, `verify --sources` does."""
 
 __all__ = ["EncodeSummary", "Job", "Source", "encode", "prepare", "run_here"]
 
@@ -102,6 +104,7 @@ def prepare(
     dtype: str = "float16",
     shard_rows: int | None = None,
     codec: str | None = None,
+    max_pixels: int = images.MAX_PIXELS,
     listed: pa.Table | None = None,
 ) -> LatentStore:
     """Create the store and commit the sorted input list, or open the one that is there.
@@ -119,7 +122,8 @@ def prepare(
     if not exists(path):
         try:
             layout = {"dtype": dtype, "shard_rows": shard_rows, "codec": codec}
-            return _make(source, path, encoder, source.list() if listed is None else listed, **layout)
+            listed = source.list() if listed is None else listed
+            return _make(source, path, encoder, listed, max_pixels, **layout)
         except LatentStoreError:
             # Another process may have made the same store in between: then its lock decides.
             if not exists(path):
@@ -132,7 +136,9 @@ def prepare(
     return store
 
 
-def _make(source: Source, path: Path, encoder: Encoder, inputs: pa.Table, **layout: Any) -> LatentStore:
+def _make(
+    source: Source, path: Path, encoder: Encoder, inputs: pa.Table, max_pixels: int, **layout: Any
+) -> LatentStore:
     """Create the store, or the array in a store that is there."""
     root, array = locate(path)
     first = None if array == LATENTS else open_store(root)
@@ -156,6 +162,7 @@ def _make(source: Source, path: Path, encoder: Encoder, inputs: pa.Table, **layo
         provenance={
             "encoder": encoder.facts,
             "latentstore": __version__,
+            "max_pixels": max_pixels,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         origin=source.describe(),
@@ -163,6 +170,7 @@ def _make(source: Source, path: Path, encoder: Encoder, inputs: pa.Table, **layo
     if first is None:
         return create(root, spec, inputs)
     with writing(root):
+        migrate(root)
         return add_array(root, array, spec)
 
 
@@ -197,10 +205,11 @@ def encode(
     dtype: str = "float16",
     shard_rows: int | None = None,
     codec: str | None = None,
-    max_pixels: int = images.MAX_PIXELS,
+    max_pixels: int | None = None,
     threads: int | None = None,
     retry_bad: bool = False,
     retry_changed: bool = False,
+    repair: Mapping[int, frozenset[int] | None] | None = None,
     check_sources: bool = False,
     isolate: bool = False,
     run: Callable[[Job], Iterable[ShardOutcome]] | None = None,
@@ -222,15 +231,18 @@ def encode(
         Of a new store.
     codec : str, optional
         Of a new array; see :mod:`latentstore.codecs`.
-    max_pixels : int
-        Larger images become rows of status ``too_large``.
+    max_pixels : int, optional
+        Larger images become rows of status ``too_large``; by default what the store was made with.
     threads : int, optional
         That read and decode; by default one a core, more where files are behind URLs.
     retry_bad : bool
-        Make the shards that hold bad rows anew: the files may have been mended.
+        Read bad rows again: the files may have been mended. Rows that are ok stay as they are.
     retry_changed : bool
-        Make the shards anew that hold files of another content than they were read with; those of another
-        time of modification are read to tell. Without it such files are only reported.
+        Read the files again that hold another content than they were read with; those of another time of
+        modification are read to tell. Without it such files are only reported.
+    repair : mapping, optional
+        Make these committed shards again, and nothing else: list no files, append none. For each shard the
+        rows to read again, the others being kept; or None for all of them.
     check_sources : bool
         Read all committed files to find those of another content, not only sizes and times of modification.
     isolate : bool
@@ -248,37 +260,32 @@ def encode(
     EncodeSummary
     """
     began = time.perf_counter()
-    listed = source.list()
-    store = prepare(
-        source, path, encoder, dtype=dtype, shard_rows=shard_rows, codec=codec, listed=listed
-    )
+    listed = source.list() if repair is None else None
+    max_pixels = max_pixels or recorded_max_pixels(path)
+    layout: dict[str, Any] = {"dtype": dtype, "shard_rows": shard_rows, "codec": codec}
+    store = prepare(source, path, encoder, listed=listed, max_pixels=max_pixels, **layout)
     root = store.root
     suspects = half_written(root)
     with writing(root):
         migrate(root)
         store = settle(open_store(path))
-        finish(root)
+        if repair is None:
+            finish(root)  # it refuses damaged shards, which a repair is about to mend
         summary = EncodeSummary(store=str(path))
-        drop_unnamed_parts(root)
-        # The first array decides the rows; others follow it.
-        new = new_inputs(listed, store.inputs()) if store.array == LATENTS else None
-        if new is not None and new.num_rows:
-            store = store.extend(new)
-            summary.appended = new.num_rows if len(store) > new.num_rows else 0
-        if retry_bad:
-            discard_bad_shards(store)
-        if store.array == LATENTS:
-            summary.add_changes(committed_changes(store, source, retry_changed, check_sources))
-        elif retry_changed:
-            raise UsageError(f"The rows are those of {root}: name it, not {path}, with --retry-changed.")
-        todo = store.todo()
+        source = settle_links(store, source)
+        if listed is not None:
+            store, todo, again = _what_to_make(
+                store, source, listed, summary, retry_bad, retry_changed, check_sources
+            )
+        else:
+            todo, again = _to_repair(store, repair or {})
         if todo:
             summary.warnings = provenance_changes(store.provenance.get("encoder", {}), encoder.facts)
-        if on_start is not None:
-            on_start(sum(missing_rows(store, s) for s in todo), len(store))
-        run = run or partial(run_here, threads=threads)
         apart = frozenset(todo) if isolate else suspects
-        job = Job(store, todo, store.inputs(), source, encoder, max_pixels, on_rows, on_times, apart)
+        job = Job(store, todo, store.inputs(), source, encoder, max_pixels, on_rows, on_times, apart, again)
+        if on_start is not None:
+            on_start(sum(map(job.missing_rows, todo)), len(store))
+        run = run or partial(run_here, threads=threads)
         for outcome in run(job):
             summary.add(outcome)
     summary.rows = len(store)
@@ -287,9 +294,50 @@ def encode(
     return summary
 
 
+def _what_to_make(
+    store: LatentStore,
+    source: Source,
+    listed: pa.Table,
+    summary: EncodeSummary,
+    retry_bad: bool,
+    retry_changed: bool,
+    check_sources: bool,
+) -> tuple[LatentStore, list[int], dict[int, frozenset[int]]]:
+    """Append new inputs; return the store, the shards to make, and the rows to read again of others."""
+    rows = bad_rows(store) if retry_bad else []
+    if store.array == LATENTS:
+        # The first array decides the rows; others follow it.
+        new = new_inputs(listed, store.inputs())
+        if new.num_rows:
+            store = store.extend(new)
+            summary.appended = new.num_rows if len(store) > new.num_rows else 0
+        changed, changes = committed_changes(store, source, retry_changed, check_sources)
+        rows += changed
+        summary.add_changes(changes)
+    elif retry_changed:
+        raise UsageError(
+            f"The rows are those of {store.root}: name it, not {store.path}, with --retry-changed."
+        )
+    again = _by_shard(store, rows)
+    return store, sorted({*store.todo(), *again}), again
+
+
+def _to_repair(
+    store: LatentStore, repair: Mapping[int, frozenset[int] | None]
+) -> tuple[list[int], dict[int, frozenset[int]]]:
+    """Take back the records of the shards to be made wholly anew; return all shards, and the others' rows."""
+    again = {shard: rows for shard, rows in repair.items() if rows is not None}
+    for shard in repair.keys() - again.keys():
+        record_file(store.root, shard, store.array).unlink(missing_ok=True)
+    return sorted(repair), again
+
+
 @dataclass(frozen=True)
 class Job:
-    """The shards to make, and what making them takes; ``apart`` are those to decode in child processes."""
+    """The shards to make, and what making them takes.
+
+    ``apart`` are those to decode in child processes; of those in ``again`` only the rows named are read.
+    """
 
     store: LatentStore
     todo: list[int]
@@ -300,11 +348,22 @@ class Job:
     on_rows: OnRows | None
     on_times: OnTimes | None = None
     apart: frozenset[int] = frozenset()
+    again: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
     def inputs_of(self, shard: int) -> pa.Table:
-        """Return the input list of one shard's rows."""
+        """Return the input list of one shard's rows, and which of them are to be read again."""
         span = self.store.layout.span(shard)
-        return self.inputs.slice(span.start, len(span))
+        table = self.inputs.slice(span.start, len(span))
+        if shard not in self.again:
+            return table
+        return table.append_column("again", pa.array([row in self.again[shard] for row in span]))
+
+    def missing_rows(self, shard: int) -> int:
+        """Return how many rows of a shard are to be encoded: others are copied from its committed version."""
+        if shard in self.again:
+            return len(self.again[shard])
+        record, rows = self.store.record(shard), len(self.store.layout.span(shard))
+        return rows - record.rows if record is not None and record.rows < rows else rows
 
 
 def run_here(job: Job, *, threads: int | None = None) -> Iterator[ShardOutcome]:
@@ -325,23 +384,34 @@ def run_here(job: Job, *, threads: int | None = None) -> Iterator[ShardOutcome]:
             raise
 
 
-def committed_changes(store: LatentStore, source: Source, retry: bool, content: bool) -> Changes:
-    """Look at the files of committed rows; with ``retry`` take their shards' records back."""
+def committed_changes(
+    store: LatentStore, source: Source, retry: bool, content: bool
+) -> tuple[list[int], Changes]:
+    """Look at the files of committed rows; return those to be made again, and what else has changed."""
     if retry:
-        return discard_changed(store, source, content=content)
+        return changed_rows(store, source, content=content)
+    if len(store) > LOOK_ROWS and not content:
+        return [], Changes()
     try:
         # Files behind URLs are left to `verify --sources`: each costs a request.
-        return Changes.of(look(store, source, "all" if content else "none", remote=content))
+        return [], Changes.of(look(store, source, "all" if content else "none", remote=content))
     except CorruptStoreError:
-        return Changes()  # a damaged manifest is for `verify` to tell, and stops no encoding
+        return [], Changes()  # a damaged manifest is for `verify` to tell, and stops no encoding
 
 
-def discard_bad_shards(store: LatentStore) -> None:
-    """Take back the records of shards that hold rows which are not ok; needs the writer's lock."""
-    status = store.status()
+def bad_rows(store: LatentStore) -> list[int]:
+    """Return the committed rows that are not ok, and were not removed."""
     fine = (OK, STATUS_CODE["removed"], STATUS_CODE["not_written"])
-    for shard in np.unique(np.flatnonzero(~np.isin(status, fine)) // store.layout.shard_rows).tolist():
-        record_file(store.root, shard, store.array).unlink(missing_ok=True)
+    rows: list[int] = np.flatnonzero(~np.isin(store.status(), fine)).tolist()
+    return rows
+
+
+def _by_shard(store: LatentStore, rows: Iterable[int]) -> dict[int, frozenset[int]]:
+    """Return rows by the committed shard that holds them; open shards are made anyway."""
+    found: dict[int, set[int]] = {}
+    for row in rows:
+        found.setdefault(row // store.layout.shard_rows, set()).add(row)
+    return {shard: frozenset(own) for shard, own in found.items() if store.is_done(shard)}
 
 
 def provenance_changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -355,8 +425,14 @@ def provenance_changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> l
     return out
 
 
-def missing_rows(store: LatentStore, shard: int) -> int:
-    """Return how many rows of a shard are to be encoded: an append's shard holds its first ones already."""
-    record = store.record(shard)
-    kept = record.rows if record is not None and record.rows < len(store.layout.span(shard)) else 0
-    return len(store.layout.span(shard)) - kept
+def recorded_max_pixels(path: Path) -> int:
+    """Return the bound that a store was made with, or the default one."""
+    found = open_store(path).provenance.get("max_pixels") if exists(path) else None
+    return int(found or images.MAX_PIXELS)
+
+
+def settle_links(store: LatentStore, source: Source) -> Source:
+    """Follow links for good once they were: a repair must read what was read. Needs the lock."""
+    if source.follow_links and not store.origin.get("follow_links"):
+        record_origin(store.root, {**store.origin, "follow_links": True})
+    return replace(source, follow_links=source.follow_links or bool(store.origin.get("follow_links")))

@@ -55,6 +55,12 @@ class EncoderError(UsageError):
     """The encoder is unknown, cannot be loaded, or is not an image autoencoder."""
 
 
+class EncoderUnreachableError(EncoderError):
+    """The hub does not answer: the name may well be right."""
+
+    exit_code = 1
+
+
 class ImageError(LatentStoreError, ValueError):
     """An image cannot be used; ``status`` is the name recorded in the row."""
 

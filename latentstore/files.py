@@ -88,6 +88,11 @@ class Staged:
         with self.open(path) as file:
             write_all(file, data)
 
+    @property
+    def places(self) -> dict[Path, Path]:
+        """Partial file → where it goes."""
+        return dict(self._places)
+
     def sync(self) -> None:
         """Make the contents durable. One pass over all: the file system then commits them together."""
         for partial in self._places:
@@ -123,11 +128,26 @@ def partial_of(path: Path) -> Path:
 def sweep_partials(root: Path) -> int:
     """Delete what killed writers left behind; return how many files. Call it only under the writer's lock."""
     # Only where writers under the lock write: what is derived is written without it.
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name not in DERIVED]
-    stale = [path for folder in folders for path in folder.rglob(f"*{PARTIAL}")]
+    stale = [path for path in partials_below(root) if path.split(os.sep, 1)[0] not in DERIVED]
     for path in stale:
-        path.unlink(missing_ok=True)
+        (root / path).unlink(missing_ok=True)
     return len(stale)
+
+
+def partials_below(root: Path) -> list[str]:
+    """Return the partial files of a store, relative to it. A store has a folder a shard: no pathlib here."""
+    found: list[str] = []
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(f"{root}/{folder}" if folder else root) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.endswith(PARTIAL):
+                    found.append(name)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+    return found
 
 
 def check_room(root: Path, needed: int) -> None:

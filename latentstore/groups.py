@@ -80,6 +80,8 @@ def write(store: LatentStore, found: Groups, data_hash: str) -> None:
     ------
     StoreWriteError
     """
+    import zarr
+
     table = pa.table(
         {"row": found.row, "group": found.group, "component": found.component, "score": found.score}
     )
@@ -94,8 +96,9 @@ def write(store: LatentStore, found: Groups, data_hash: str) -> None:
     }
     body["crc32"] = zlib.crc32(canonical_json(body).encode())
     place = folder(store)
-    # Zarr's readers warn of folders that are no group.
-    write_atomic(store.root / "duplicates" / "zarr.json", b'{"zarr_format": 3, "node_type": "group"}\n')
+    # Zarr's readers warn of folders that are no group. A store has this one since it was created, and its
+    # bytes are sealed: it is only made where it is missing.
+    zarr.open_group(store.root / "duplicates", mode="a")
     write_atomic(place / "groups.parquet", data)
     write_atomic(place / "groups.json", (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
 

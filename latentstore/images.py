@@ -143,6 +143,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, s
     ImageError
         Status ``too_large`` (judged from the header, before decoding) or ``unreadable``.
     """
+    if not data:
+        raise ImageError("unreadable", "the file is empty")
     try:
         _allow_pillow(max_pixels)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

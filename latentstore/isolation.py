@@ -23,6 +23,7 @@ from typing import Any
 
 from latentstore import images
 from latentstore.errors import ImageError, LatentStoreError
+from latentstore.files import partials_below
 from latentstore.sources import Source
 
 TRIES = 2
@@ -44,7 +45,8 @@ def half_written(root: Path) -> frozenset[int]:
     Look before the writer's lock is taken, which sweeps them away. A shard that another process is writing
     now may be among them.
     """
-    return frozenset(int(path.parent.name) for path in root.glob("*/c/*/0.*.partial"))
+    parts = (name.split("/") for name in partials_below(root))
+    return frozenset(int(p[2]) for p in parts if len(p) == 4 and p[1] == "c" and p[3].startswith("0."))
 
 
 class Isolated:

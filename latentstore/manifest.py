@@ -167,8 +167,7 @@ def check_folder(folder: Path) -> None:
 def no_images(folder: Path | str) -> UsageError:
     """Return the error for a folder without images."""
     return UsageError(
-        f"{folder} holds no image files (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also "
-        "in subfolders)."
+        f"{folder} holds no image files (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also in subfolders)."
     )
 
 
@@ -228,7 +227,8 @@ def list_manifest(path: Path) -> pa.Table:
             table = pq.read_table(path)
     except (pa.ArrowException, OSError) as exc:
         raise ManifestError(
-            f"{path} is not a readable CSV or Parquet file: {str(exc).splitlines()[0]}"
+            f"{path} is not a readable CSV or Parquet file: {str(exc).splitlines()[0].rstrip('.')}. A manifest "
+            "is a .csv or a .parquet with a column named path (in a .csv the first line names the columns)."
         ) from exc
     if "path" not in table.column_names:
         raise ManifestError(

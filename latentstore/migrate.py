@@ -40,9 +40,18 @@ def migrate(root: Path) -> tuple[int, int]:
         write_atomic(statuses, _json(body))
         group["attributes"]["latentstore"]["schema"] = SCHEMA_VERSION
         data = _json(group)
-        write_seal(root, coming={path: data})
+        write_seal(root, written=[f"{STATUS}/zarr.json"], coming={path: data})
         write_atomic(path, data)
     return before, SCHEMA_VERSION
+
+
+def record_origin(root: Path, origin: dict[str, Any]) -> None:
+    """Write anew where the images of a store come from. Needs the lock."""
+    path = root / "zarr.json"
+    group = json.loads(path.read_bytes())
+    group["attributes"]["latentstore"]["origin"] = origin
+    write_atomic(path, _json(group))
+    write_seal(root, written=["zarr.json"])
 
 
 def _json(body: Any) -> bytes:

@@ -51,12 +51,15 @@ class Pace:
         over the cores).
     padding : float
         Places in the encoder's batches over rows: the last batch of a shard is filled up.
+    spread : float
+        How much longer an image may take, as a fraction: each cost raised by twice its standard error.
     """
 
     seconds: float
     bottleneck: str
     limits: dict[str, float]
     padding: float
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -315,14 +318,20 @@ def pace_of(
     cores = cores or os.cpu_count() or 1
     longest = min(layout.rows, layout.shard_rows)
     padding = -(-longest // batch) * batch / max(1, longest)
-    on_cores = costs.decode_ms + (padding * costs.encode_cpu_ms if on_cpu else 0.0)
-    limits = {
-        "reading and decoding": (costs.read_ms + costs.decode_ms) / 1000 / threads,
-        "encoding and writing": padding * costs.encode_ms / 1000 + layout.row_bytes / costs.write_rate,
-        "the cores": on_cores / 1000 / cores,
-    }
+    at_most = 1 + costs.encode_spread_ms / costs.encode_ms if costs.encode_ms else 1.0
+
+    def limits_of(more_ms: float, encode: float) -> dict[str, float]:
+        on_cores = costs.decode_ms + more_ms + (encode * costs.encode_cpu_ms if on_cpu else 0.0)
+        return {
+            "reading and decoding": (costs.read_ms + costs.decode_ms + more_ms) / 1000 / threads,
+            "encoding and writing": encode * costs.encode_ms / 1000 + layout.row_bytes / costs.write_rate,
+            "the cores": on_cores / 1000 / cores,
+        }
+
+    limits = limits_of(0.0, padding)
     bottleneck = max(limits, key=lambda name: limits[name])
-    return Pace(limits[bottleneck], bottleneck, limits, padding)
+    slowest = max(limits_of(costs.spread_ms, padding * at_most).values())
+    return Pace(limits[bottleneck], bottleneck, limits, padding, slowest / limits[bottleneck] - 1)
 
 
 def _folder_of(path: Path) -> Path:

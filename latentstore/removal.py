@@ -11,6 +11,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,17 @@ from latentstore import codecs
 from latentstore.errors import CorruptStoreError, UsageError
 from latentstore.files import DERIVED, write_atomic
 from latentstore.manifest import MANIFEST_SCHEMA
+from latentstore.migrate import migrate
 from latentstore.schema import LATENTS, STATUS_CODE, canonical_json
-from latentstore.shards import PENDING, Record, ShardWriter, latents_file, pending_file, status_file
-from latentstore.store import LatentStore, open_store, writing
+from latentstore.shards import (
+    Record,
+    ShardWriter,
+    drop_unnamed_parts,
+    latents_file,
+    parquet_bytes,
+    status_file,
+)
+from latentstore.store import LatentStore, open_store, settle, writing
 
 REMOVED = STATUS_CODE["removed"]
 _FILE = Path("inputs") / "removed.json"
@@ -47,6 +56,16 @@ class Removed:
     rows: Mapping[int, str] = field(default_factory=dict)
     sha256: frozenset[str] = frozenset()
 
+    @cached_property
+    def _sorted(self) -> npt.NDArray[np.int64]:
+        return np.array(sorted(self.rows), np.int64)
+
+    def within(self, span: range) -> list[int]:
+        """Return the removed rows of a span."""
+        first, last = np.searchsorted(self._sorted, [span.start, span.stop])
+        rows: list[int] = self._sorted[first:last].tolist()
+        return rows
+
 
 def read_removed(root: Path) -> Removed:
     """Return what was taken down from a store.
@@ -56,18 +75,28 @@ def read_removed(root: Path) -> Removed:
     CorruptStoreError
         The list fails its checksum.
     """
+    path = root / _FILE
     try:
-        body = json.loads((root / _FILE).read_bytes())
+        facts = path.stat()
+    except FileNotFoundError:
+        return Removed()
+    return _read(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, mtime: int, size: int, inode: int) -> Removed:
+    """Read the list once for each version of it: every task asks for it."""
+    del mtime, size, inode
+    try:
+        body = json.loads(path.read_bytes())
         crc = body.pop("crc32")
         if crc == zlib.crc32(canonical_json(body).encode()):
             return Removed({int(k): v for k, v in body["rows"].items()}, frozenset(body["sha256"]))
-    except FileNotFoundError:
-        return Removed()
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise CorruptStoreError(
-        f"{root / _FILE}, the list of removed images, is damaged. Restore it from a copy: without it, "
-        "removed images could be encoded again."
+        f"{path}, the list of removed images, is damaged. Restore it from a copy: without it, removed images "
+        "could be encoded again."
     )
 
 
@@ -83,14 +112,15 @@ class Removal:
 
 
 def find_rows(store: LatentStore, *, paths: Iterable[str] = (), identities: Iterable[str] = ()) -> list[int]:
-    """Return the rows of paths (as the manifest spells them) or identities, and all copies of their contents.
+    """Return the rows of paths (as the input list spells them) or identities.
 
     Raises
     ------
     UsageError
         A path or identity is not in the store.
     """
-    table = store.manifest(["path", "identity", "sha256"])
+    # The input list has every row, in order; the manifest only those that are committed.
+    table = store.inputs().select(["path", "identity"])
     found: set[int] = set()
     for column, wanted in (("path", list(paths)), ("identity", list(identities))):
         for name in wanted:
@@ -98,30 +128,31 @@ def find_rows(store: LatentStore, *, paths: Iterable[str] = (), identities: Iter
             if not len(rows):
                 raise UsageError(f"{store.root} has no row whose {column} is {name!r}; nothing was removed.")
             found.update(rows.tolist())
-    return sorted(found | set(_copies(table, {table["sha256"][r].as_py() for r in found} - {None})))
+    return sorted(found)
 
 
-def find_content(store: LatentStore, sha256: str) -> list[int]:
-    """Return the rows whose file had this content."""
-    return _copies(store.manifest(["sha256"]), {sha256})
-
-
-def _copies(table: pa.Table, contents: set[str]) -> list[int]:
-    same = pc.is_in(table["sha256"], value_set=pa.array(sorted(contents), pa.string()))
-    rows: list[int] = np.flatnonzero(same.to_numpy(zero_copy_only=False)).tolist()
-    return rows
+def with_copies(store: LatentStore, rows: Iterable[int], contents: Iterable[str] = ()) -> list[int]:
+    """Return rows with all copies of their contents, and of the contents named."""
+    table = store.manifest(["row", "sha256"])
+    wanted = set(rows)
+    here = pc.is_in(table["row"], value_set=pa.array(sorted(wanted), pa.int64()))
+    hashes = set(table["sha256"].filter(here).to_pylist()) | set(contents)
+    same = pc.is_in(table["sha256"], value_set=pa.array(sorted(hashes - {None}), pa.string()))
+    return sorted(wanted | set(table["row"].filter(same).to_pylist()))
 
 
 def remove(root: Path, rows: Iterable[int], *, reason: str = "taken down") -> Removal:
-    """Take rows down, in every array; their paths stay listed so that they are not encoded again.
+    """Take rows down, in every array, with all copies of their contents.
 
-    Maps, groups and whatever else was derived from the latents are deleted with them.
+    Their paths stay listed so that they are not encoded again. Maps, groups and whatever else was derived
+    from the latents are deleted.
 
     Parameters
     ----------
     root : Path
         The store's folder.
     rows : iterable of int
+        None of them finishes what a removal that was interrupted left undone.
     reason : str
         Recorded in the manifest.
 
@@ -131,22 +162,32 @@ def remove(root: Path, rows: Iterable[int], *, reason: str = "taken down") -> Re
         Rows outside the store, or a store of simulated latents.
     """
     with writing(root):
-        store = open_store(root)
+        migrate(root)
+        store = settle(open_store(root))
         if store.kind != "images":
             raise UsageError(
                 f"{root} holds simulated latents: remove the image from the store they were drawn from, and "
                 "simulate again."
             )
-        known = read_removed(root)
-        new = sorted(set(rows) - known.rows.keys())
-        if new and not 0 <= new[0] <= new[-1] < len(store):
-            raise UsageError(f"rows {new[0]} to {new[-1]} were asked of a store of {len(store)}.")
-        table = store.manifest(["path", "sha256"]).take(pa.array(new, pa.int64()))
+        asked, known = sorted(set(rows)), read_removed(root)
+        if asked and not 0 <= asked[0] <= asked[-1] < len(store):
+            raise UsageError(f"rows {asked[0]} to {asked[-1]} were asked of a store of {len(store)}.")
+        # Under the lock: a copy may have come since the rows were chosen.
+        new = sorted(set(with_copies(store, asked, known.sha256)) - known.rows.keys())
         if new:
-            contents = known.sha256 | (set(table["sha256"].to_pylist()) - {None})
+            contents = known.sha256 | _contents(store, new)
             _write(root, Removed({**known.rows, **dict.fromkeys(new, reason)}, frozenset(contents)))
+        if new or asked:
+            drop_derived(root)
         shards = finish(root)
-    return Removal(str(root), new, table["path"].to_pylist(), shards, store.arrays())
+        paths = store.inputs()["path"].take(pa.array(new, pa.int64())).to_pylist()
+    return Removal(str(root), new, paths, shards, store.arrays())
+
+
+def _contents(store: LatentStore, rows: list[int]) -> set[str]:
+    table = store.manifest(["row", "sha256"])
+    here = pc.is_in(table["row"], value_set=pa.array(rows, pa.int64()))
+    return set(table["sha256"].filter(here).to_pylist()) - {None}
 
 
 def _write(root: Path, removed: Removed) -> None:
@@ -154,6 +195,16 @@ def _write(root: Path, removed: Removed) -> None:
     body: dict[str, Any] = {"rows": rows, "sha256": sorted(removed.sha256)}
     body["crc32"] = zlib.crc32(canonical_json(body).encode())
     write_atomic(root / _FILE, (json.dumps(body, indent=1) + "\n").encode())
+
+
+def drop_derived(root: Path) -> None:
+    """Delete maps, groups and whatever else was made from the latents."""
+    for folder in DERIVED:
+        for path in (root / folder).glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "zarr.json":
+                path.unlink(missing_ok=True)
 
 
 def finish(root: Path) -> int:
@@ -165,69 +216,101 @@ def finish(root: Path) -> int:
         Shards that were replaced.
     """
     removed = read_removed(root)
+    drop_unnamed_parts(root)
     if not removed.rows:
         return 0
-    shards = 0
-    for name in open_store(root).arrays():
-        store = LatentStore(root, name)
-        _settle_pending(store)
-        rows = np.array([r for r in removed.rows if r < len(store)])
-        for shard in np.unique(rows // store.layout.shard_rows).tolist():
-            shards += _zero(store, shard, removed)
+    first = open_store(root)
+    others = [LatentStore(root, name) for name in first.arrays()[1:]]
+    size, shards = first.layout.shard_rows, 0
+    for shard in sorted({row // size for row in removed.rows if row < len(first)}):
+        shards += _zero_everywhere(first, others, shard, removed)
     if shards:
-        for folder in DERIVED:
-            for path in (root / folder).glob("*"):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != "zarr.json":
-                    path.unlink(missing_ok=True)
+        drop_derived(root)
     return shards
 
 
-def _settle_pending(store: LatentStore) -> None:
-    """Finish or drop replacements that a kill interrupted: the latents, renamed last, tell which."""
-    folder = pending_file(store.root, 0, store.array).parent
-    for path in folder.glob(f"*{PENDING}"):
-        shard = int(path.name.split(".")[0])
-        waiting = Record.read(store.root, shard, store.array, suffix=PENDING)
-        if waiting is not None and _checksum(store, waiting) == waiting.latents_crc32:
-            waiting.write(store.root, store.array)
-        path.unlink()
+def _zero_everywhere(first: LatentStore, others: list[LatentStore], shard: int, removed: Removed) -> int:
+    """Replace one shard of every array by one without the removed rows; return how many were replaced."""
+    record, table = first.record(shard), None
+    before = after = None if record is None else record.manifest_crc32
+    if record is not None:
+        gone = _gone(record, removed)
+        if not (_whole_status(first, record)[gone] == REMOVED).all():
+            part = (first.root / "manifest" / record.manifest_part).read_bytes()
+            if zlib.crc32(part) != record.manifest_crc32:
+                raise _damaged(first, shard)
+            table = _forget(first.manifest_part(record), gone, removed, record.start)
+            after = zlib.crc32(parquet_bytes(table))
+    # The further arrays come first and name the part to come: a kill in between leaves none of them stale.
+    replaced = 0
+    for other in others:
+        own = other.record(shard)
+        kept = None if own is None else own.follows
+        follows = after if kept == before else kept
+        replaced += _zero(other, shard, removed, None, follows)
+    if record is None or table is not None:
+        replaced += _zero(first, shard, removed, table, None)
+    return replaced
 
 
-def _checksum(store: LatentStore, record: Record) -> int:
-    """Return the checksum, as a record states it, of the shard file that is in place."""
-    with latents_file(store.root, record.shard, store.array).open("rb") as file:
-        size = -1 if store.layout.codec else record.rows * store.layout.row_bytes
-        return zlib.crc32(file.read(size))
-
-
-def _zero(store: LatentStore, shard: int, removed: Removed) -> int:
+def _zero(
+    store: LatentStore, shard: int, removed: Removed, table: pa.Table | None, follows: int | None
+) -> int:
     """Replace one committed shard by one without the removed rows; return how many were replaced (0 or 1)."""
     record = store.record(shard)
     if record is None:
-        return 0  # not written yet: the task that writes it reads the list
-    span = range(record.start, record.start + record.rows)
-    gone = [r - span.start for r in removed.rows if r in span]
-    status = np.fromfile(status_file(store.root, shard, store.array), np.uint8)
-    # The statuses alone do not tell: they are renamed into place before the latents.
-    if zlib.crc32(status.data) == record.status_crc32 and (status[gone] == REMOVED).all():
+        # Not committed: the task that writes it reads the list. What lies there may hold removed rows.
+        for place in (latents_file, status_file):
+            place(store.root, shard, store.array).unlink(missing_ok=True)
+        if store.array == LATENTS:
+            for path in (store.root / "manifest").glob(f"part-{shard:06d}-*.parquet"):
+                path.unlink()
         return 0
-    status = status[: record.rows]
-    if _checksum(store, record) != record.latents_crc32:
-        raise CorruptStoreError(
-            f"shard {shard} of {store.path} does not match its checksum, so its other rows cannot be kept. "
-            f"Run `latentstore verify {store.root} --repair`: it makes the shard anew, without those removed."
-        )
+    gone, status = _gone(record, removed), _whole_status(store, record)
+    if (status[gone] == REMOVED).all() and record.follows == follows:
+        return 0
+    if not payload_is_whole(store, record):
+        raise _damaged(store, shard)
+    status = status[: record.rows].copy()
     status[gone] = REMOVED
-    table = None
-    if store.array == LATENTS:
-        table = _forget(store.manifest_part(record), gone, removed, span.start)
-    layout = replace(store.layout, rows=span.stop)  # the shard may be about to grow
+    layout = replace(store.layout, rows=record.start + record.rows)  # the shard may be about to grow
     with ShardWriter(store.root, layout, shard, store.space.id, array=store.array) as writer:
         writer.append(stored_rows(store, record), status)
-        writer.commit(table, removed=len(gone), replacing=True)
+        writer.commit(table, removed=len(gone), replacing=True, follows=follows)
     return 1
+
+
+def _gone(record: Record, removed: Removed) -> list[int]:
+    """Return the places in a shard of the rows that were removed."""
+    span = range(record.start, record.start + record.rows)
+    return [row - record.start for row in removed.within(span)]
+
+
+def _whole_status(store: LatentStore, record: Record) -> npt.NDArray[np.uint8]:
+    """Return the statuses that a record covers; a growth that was killed may have left a longer file."""
+    status = np.fromfile(status_file(store.root, record.shard, store.array), np.uint8)
+    status[record.rows :] = 0
+    if zlib.crc32(status.data) != record.status_crc32:
+        raise _damaged(store, record.shard)
+    return status
+
+
+def _damaged(store: LatentStore, shard: int) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"shard {shard} of {store.path} does not match its checksums, so its other rows cannot be kept. Run "
+        f"`latentstore verify {store.root} --repair`: it makes the shard anew, without those removed."
+    )
+
+
+def payload_is_whole(store: LatentStore, record: Record) -> bool:
+    """Tell whether a shard's file holds the rows that its record covers."""
+    size = record.latents_bytes or record.rows * store.layout.row_bytes
+    try:
+        with latents_file(store.root, record.shard, store.array).open("rb") as file:
+            data = file.read(size)
+    except OSError:
+        return False
+    return len(data) == size and zlib.crc32(data) == record.latents_crc32
 
 
 def stored_rows(store: LatentStore, record: Record) -> npt.NDArray[Any]:

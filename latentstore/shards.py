@@ -72,10 +72,21 @@ def drop_unnamed_parts(root: Path) -> None:
     A kill just after an append's record leaves the shorter part, which would give a reader of the folder
     rows twice.
     """
-    for part in (root / "manifest").glob("part-*.parquet"):
-        record = Record.read(root, int(part.name.split("-")[1]))
-        if record is not None and record.manifest_part != part.name:
-            part.unlink(missing_ok=True)
+    for name in unnamed_parts(root):
+        (root / "manifest" / name).unlink(missing_ok=True)
+
+
+def unnamed_parts(root: Path) -> list[str]:
+    """Return the manifest parts that stand beside the one their shard's record names."""
+    parts: dict[int, list[str]] = {}
+    for name in os.listdir(root / "manifest"):  # noqa: PTH208 (one a shard)
+        if name.startswith("part-") and name.endswith(".parquet"):
+            parts.setdefault(int(name.split("-")[1]), []).append(name)
+    out = []
+    for shard, names in parts.items():
+        record = Record.read(root, shard) if len(names) > 1 else None
+        out += [name for name in names if record is not None and record.manifest_part != name]
+    return out
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,8 @@ class Record:
 
     ``latents_crc32`` covers the payload of the valid rows alone, so it also checks the prefix of a
     shard that has grown by an append. Where the rows are coded it covers the whole file, of
-    ``latents_bytes``. The manifest belongs to the first array alone: records of others name no part.
+    ``latents_bytes``. The manifest belongs to the first array alone: records of others name no part, and say
+    which one they follow (``follows``, its checksum).
     """
 
     shard: int
@@ -98,11 +110,11 @@ class Record:
     manifest_bytes: int
     manifest_crc32: int
     latents_bytes: int | None = None
+    follows: int | None = None
 
-    def write(self, root: Path, array: str = LATENTS, *, suffix: str = "") -> None:
-        """Commit the shard (or, with a suffix, write the record beside its place)."""
-        path = record_file(root, self.shard, array)
-        write_atomic(path.with_name(path.name + suffix), self.to_bytes())
+    def write(self, root: Path, array: str = LATENTS) -> None:
+        """Commit the shard."""
+        write_atomic(record_file(root, self.shard, array), self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """Return the file's contents: JSON with a checksum of its own."""
@@ -111,12 +123,12 @@ class Record:
         return (json.dumps(body, indent=1) + "\n").encode()
 
     @classmethod
-    def read(cls, root: Path, shard: int, array: str = LATENTS, *, suffix: str = "") -> Record | None:
+    def read(cls, root: Path, shard: int, array: str = LATENTS) -> Record | None:
         """Return the record, or None when there is none or its own checksum fails."""
         folder = "done" if array == LATENTS else f"done/{array}"
         try:
             # No pathlib: this is read for every shard at every start.
-            with open(f"{root}/{folder}/{shard:06d}.json{suffix}", "rb", buffering=0) as file:  # noqa: PTH123
+            with open(f"{root}/{folder}/{shard:06d}.json", "rb", buffering=0) as file:  # noqa: PTH123
                 body = json.loads(file.read())
             crc = body.pop("crc32")
             return cls(**body) if crc == zlib.crc32(canonical_json(body).encode()) else None
@@ -205,7 +217,9 @@ class ShardWriter:
         with np.errstate(over="ignore", invalid="ignore"):
             block = np.array(latents, dtype=f"<f{np.dtype(self.layout.dtype).itemsize}", order="C")
         status = np.array(status, dtype=np.uint8)
-        status[(status == OK) & ~_finite_rows(block)] = STATUS_CODE["not_finite"]
+        # A lossy codec rounds, and may round the largest numbers to infinity.
+        stored = codecs.rounded(self.layout.codec, block)
+        status[(status == OK) & ~_finite_rows(stored)] = STATUS_CODE["not_finite"]
         block[status != OK] = 0
         if self.layout.codec is None:
             self._write(block.data.cast("B") if block.size else memoryview(b""))
@@ -217,7 +231,12 @@ class ShardWriter:
         return status
 
     def commit(
-        self, manifest: pa.Table | None = None, *, removed: int = 0, replacing: bool = False
+        self,
+        manifest: pa.Table | None = None,
+        *,
+        removed: int = 0,
+        replacing: bool = False,
+        follows: int | None = None,
     ) -> Record:
         """Finish the shard: everything durable under partial names, then renames, and last the record.
 
@@ -228,8 +247,10 @@ class ShardWriter:
         removed : int
             Rows of the shard that were taken down (they name the manifest part).
         replacing : bool
-            The committed shard is replaced by one of as many rows: its new record is written beside the old
-            one first, so that a kill in between leaves what :mod:`latentstore.removal` can finish.
+            A committed shard is replaced by one whose rows its record does not cover: the renames to come are
+            written down first, so that :func:`recover` can finish them after a kill.
+        follows : int, optional
+            Of a further array: the checksum of the manifest part that its rows follow.
 
         Raises
         ------
@@ -263,22 +284,23 @@ class ShardWriter:
             manifest_bytes=len(part_bytes),
             manifest_crc32=zlib.crc32(part_bytes),
             latents_bytes=coded_bytes,
+            follows=follows,
         )
+        before = Record.read(self.root, self.shard, self.array)
         with write_errors(self._target):
             self._staged.add(status_file(self.root, self.shard, self.array), status.tobytes())
             if manifest is not None:
                 self._staged.add(part, part_bytes)
             if replacing:
                 self._staged.sync()
-                record.write(self.root, self.array, suffix=PENDING)
+                self._write_down(record)
             self._staged.publish()
             # The shard's own folder is new; its name must last too.
             fsync_dir(self._target.parent.parent)
         record.write(self.root, self.array)
         if replacing:
             pending_file(self.root, self.shard, self.array).unlink(missing_ok=True)
-        if manifest is not None:
-            self._drop_older_parts(part)
+        _drop_replaced(self.root, before, record)
         return record
 
     def _finish(self, span: range) -> int | None:
@@ -295,15 +317,65 @@ class ShardWriter:
         self._write(memoryview(shard_index(self.layout, chunks)))
         return None
 
-    def _drop_older_parts(self, keep: Path) -> None:
-        """Delete the parts of this shard that an append replaced, now that the record names the new one."""
-        for part in keep.parent.glob(f"part-{self.shard:06d}-*.parquet"):
-            if part != keep:
-                part.unlink(missing_ok=True)
+    def _write_down(self, record: Record) -> None:
+        """Write the renames to come, and the record that follows them."""
+        places = self._staged.places
+        for partial in places:
+            fsync_dir(partial.parent)
+        body: dict[str, Any] = {
+            "array": self.array,
+            "record": record.to_bytes().decode(),
+            "renames": {
+                str(a.relative_to(self.root)): str(b.relative_to(self.root)) for a, b in places.items()
+            },
+        }
+        body["crc32"] = zlib.crc32(canonical_json(body).encode())
+        write_atomic(pending_file(self.root, self.shard, self.array), json.dumps(body, indent=1).encode())
 
     def _write(self, data: memoryview) -> None:
         with write_errors(self._target):
             write_all(self._file, data)
+
+
+def _drop_replaced(root: Path, before: Record | None, now: Record) -> None:
+    """Delete the manifest part that a new record no longer names."""
+    if before is not None and before.manifest_part not in ("", now.manifest_part):
+        (root / "manifest" / before.manifest_part).unlink(missing_ok=True)
+
+
+def recover(root: Path) -> int:
+    """Finish the replacements that a kill interrupted; return how many. Under the lock, before sweeping.
+
+    Raises
+    ------
+    CorruptStoreError
+        What was written down fails its checksum.
+    """
+    waiting = [*(root / "done").glob(f"*{PENDING}"), *(root / "done").glob(f"*/*{PENDING}")]
+    for path in waiting:
+        try:
+            body = json.loads(path.read_bytes())
+            crc = body.pop("crc32")
+            if crc != zlib.crc32(canonical_json(body).encode()):
+                raise ValueError
+        except (ValueError, KeyError, AttributeError) as exc:
+            raise CorruptStoreError(
+                f"{path} should tell how to finish a replaced shard, and is damaged. Delete it, and run "
+                f"`latentstore verify {root} --repair`."
+            ) from exc
+        shard = int(path.name.split(".")[0])
+        before = Record.read(root, shard, body["array"])
+        with write_errors(path):
+            for partial, place in body["renames"].items():
+                if (root / partial).exists():
+                    (root / partial).replace(root / place)
+                fsync_dir((root / place).parent)
+            write_atomic(record_file(root, shard, body["array"]), body["record"].encode())
+        record = Record.read(root, shard, body["array"])
+        if record is not None:
+            _drop_replaced(root, before, record)
+        path.unlink()
+    return len(waiting)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

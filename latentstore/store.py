@@ -36,8 +36,8 @@ from latentstore.schema import (
     read_attributes,
     status_name,
 )
-from latentstore.seal import SEAL, read_seal, write_seal
-from latentstore.shards import Record, is_done, parquet_bytes, status_file
+from latentstore.seal import SEAL, read_seal, sealed_files, write_seal
+from latentstore.shards import Record, is_done, parquet_bytes, recover, status_file
 
 _FOLDERS = ("manifest", "inputs", "done", "projections")
 
@@ -126,7 +126,14 @@ class LatentStore:
 
     def is_done(self, shard: int) -> bool:
         """Tell whether a shard is committed."""
-        return is_done(self.root, self.layout, shard, self.space.id, self.array)
+        if not is_done(self.root, self.layout, shard, self.space.id, self.array):
+            return False
+        return self.array == LATENTS or self._follows(shard)
+
+    def _follows(self, shard: int) -> bool:
+        """Tell whether a further array's shard was made for the manifest part that the first one has now."""
+        first, own = Record.read(self.root, shard), self.record(shard)
+        return first is not None and own is not None and own.follows == first.manifest_crc32
 
     def record(self, shard: int) -> Record | None:
         """Return a shard's done-record, or None."""
@@ -169,6 +176,11 @@ class LatentStore:
     def counts(self) -> dict[str, int]:
         """Return how many rows have each status."""
         codes, counts = np.unique(self.status(), return_counts=True)
+        if len(codes) and codes[-1] >= len(STATUS_NAMES):
+            raise CorruptStoreError(
+                f"{self.path} has a row of status {codes[-1]}, which does not exist. Run `latentstore verify "
+                f"{self.root}`: it names the damaged shard."
+            )
         return {STATUS_NAMES[c]: int(n) for c, n in zip(codes, counts, strict=True)}
 
     def manifest(self, columns: list[str] | None = None) -> pa.Table:
@@ -226,23 +238,21 @@ def settle(store: LatentStore) -> LatentStore:
     import zarr
 
     rows = store.inputs().num_rows
-    parts = {f"inputs/{p.name}" for p in (store.root / "inputs").glob("part-*.parquet")}
     # The first array comes last: its shape is what tells a later call that nothing is left to do.
     names = list(reversed(store.arrays()))
-    grown = [name for name in names if codecs.open_array(store.root / name).shape[0] != rows]
-    if not grown:
-        seal = read_seal(store.root)
-        # A growth was killed just before its seal. A seal that is damaged is left for `verify` to tell.
-        if not parts <= seal.keys() and (seal or not (store.root / SEAL).exists()):
-            write_seal(store.root)
-        return store
+    grown = [name for name in names if LatentStore(store.root, name).layout.rows != rows]
+    written = [f"{n}/zarr.json" for name in grown for n in (status_name(name), name)]
+    seal = read_seal(store.root)
     with write_errors(store.root):
         for name in grown:
             zarr.open_array(store.root / status_name(name), mode="r+").resize((rows,))
             array = codecs.open_array(store.root / name, mode="r+")
             array.resize((rows, array.shape[1]))
-    write_seal(store.root)
-    return LatentStore(store.root, store.array)
+    files = {str(p.relative_to(store.root)) for p in sealed_files(store.root)}
+    # A step was killed just before its seal. A seal that is damaged is left for `verify` to tell.
+    if grown or (not files <= seal.keys() and (seal or not (store.root / SEAL).exists())):
+        write_seal(store.root, written=written)
+    return LatentStore(store.root, store.array) if grown else store
 
 
 def locate(path: Path | str) -> tuple[Path, str]:
@@ -290,7 +300,9 @@ def exists(path: Path) -> bool:
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Hold the store's writer lock; the system drops it when the process dies. Sweeps stale partials.
+    """Hold the store's writer lock; the system drops it when the process dies.
+
+    What a kill interrupted is finished first, and stale partials are swept.
 
     Raises
     ------
@@ -310,6 +322,7 @@ def writing(root: Path) -> Iterator[None]:
             ) from exc
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        recover(root)
         sweep_partials(root)
         yield
     finally:

@@ -18,7 +18,7 @@ from latentstore import images
 from latentstore.encoders import Encoder, begin, blank_batch
 from latentstore.errors import ImageError
 from latentstore.isolation import Isolated
-from latentstore.known import Known, kept_rows
+from latentstore.known import Held, Known, kept_rows
 from latentstore.manifest import manifest_table
 from latentstore.schema import LATENTS, OK, STATUS_CODE
 from latentstore.shards import ShardWriter
@@ -31,7 +31,8 @@ OnTimes = Callable[[dict[str, float]], None]
 """Called with the seconds that each share took since the last call."""
 NAMED = 20
 """Bad rows that are named in a summary; all of them are in the manifest."""
-Batch = list[images.Pixels | ImageError]
+Item = images.Pixels | ImageError | Held
+Batch = list[Item]
 _AHEAD = 16
 """Images read ahead, at least: a network on a CPU takes one at a time, and the pool has many threads."""
 
@@ -96,7 +97,8 @@ class ShardTask:
         self.times, self._told = defaultdict(float), {}
         outcome = ShardOutcome(shard)
         span = store.layout.span(shard)
-        known, kept = Known(store, shard), kept_rows(store, shard)
+        again = inputs["again"].to_pylist() if "again" in inputs.column_names else None
+        known, kept = Known(store, shard, again), kept_rows(store, shard)
         with ShardWriter(store.root, store.layout, shard, store.space.id, array=store.array) as writer:
             start_row, done = span.start, []
             if kept is not None:
@@ -104,19 +106,22 @@ class ShardTask:
                 writer.append(kept.latents, kept.status)
             rows = inputs.slice(start_row - span.start).to_pylist()
             for first, batch, latents in self._under_way(self._decoded(rows, start_row, known), start_row):
-                manifest, status = self._write(batch, latents, rows, start_row, first, writer)
+                manifest = self._write(batch, latents, rows, start_row, first, writer)
                 bad = [m for m in manifest if m["status"] != "ok"]
                 room = max(0, NAMED - len(outcome.bad))
                 outcome.bad += [(m["path"], m["status"], m["reason"]) for m in bad[:room]]
                 outcome.n_bad += len(bad)
-                outcome.encoded += len(manifest)
+                made = sum(not isinstance(item, Held) for item in batch)
+                outcome.encoded += made
                 rows[first : first + len(manifest)] = manifest
                 if self.on_rows is not None:
-                    self.on_rows(len(status), len(bad))
+                    self.on_rows(made, len(bad))
                 self._tell_times()
             start = time.perf_counter()
             table = manifest_table(done + rows) if store.array == LATENTS else None
-            writer.commit(table, removed=known.removed_in(span))
+            # What replaces committed rows that its record will not cover must be finished after a kill.
+            replacing = again is not None or (kept is not None and store.layout.codec is not None)
+            writer.commit(table, removed=known.removed_in(span), replacing=replacing, follows=known.follows)
             self.times["write"] += time.perf_counter() - start
             self._tell_times()
         outcome.seconds = dict(self.times)
@@ -129,7 +134,7 @@ class ShardTask:
         """Yield (first row, decoded batch), reading two batches, or 16 images, ahead."""
         size = self.encoder.batch
         depth = max(2, _AHEAD // size)
-        ahead: deque[tuple[int, list[Future[images.Pixels | ImageError]]]] = deque()
+        ahead: deque[tuple[int, list[Future[Item]]]] = deque()
         for first in range(0, len(rows), size):
             batch = enumerate(rows[first : first + size], start_row + first)
             ahead.append((first, [self.pool.submit(self._load, row, i, known) for i, row in batch]))
@@ -138,14 +143,14 @@ class ShardTask:
         while ahead:
             yield self._wait(*ahead.popleft())
 
-    def _wait(self, first: int, futures: list[Future[images.Pixels | ImageError]]) -> tuple[int, Batch]:
+    def _wait(self, first: int, futures: list[Future[Item]]) -> tuple[int, Batch]:
         start = time.perf_counter()
         batch = [f.result() for f in futures]
         self.times["wait"] += time.perf_counter() - start
         return first, batch
 
-    def _load(self, listed: dict[str, Any], row: int, known: Known) -> images.Pixels | ImageError:
-        item: images.Pixels | ImageError | None = known.of(row)
+    def _load(self, listed: dict[str, Any], row: int, known: Known) -> Item:
+        item: Item | None = known.of(row)
         if item is not None:
             return item
         start = time.perf_counter()
@@ -156,7 +161,9 @@ class ShardTask:
         spent = time.perf_counter() - start
         decode = 0.0
         if isinstance(item, images.Pixels):
-            decode, item = item.decode_seconds, known.refuse(row, item) or item
+            decode, item = item.decode_seconds, known.refuse(row, item.sha256) or item
+        elif isinstance(item, ImageError) and isinstance(item.facts, images.FileFacts):
+            item = known.refuse(row, item.facts.sha256) or item
         with self._pool_times:
             self.times["read"] += spent - decode
             self.times["decode"] += decode
@@ -186,6 +193,9 @@ class ShardTask:
 
     def _begin(self, batch: Batch, row: int) -> Callable[[], npt.NDArray[np.float32]]:
         """Hand one batch to the encoder at its fixed shape."""
+        if not any(isinstance(item, images.Pixels) for item in batch):
+            nothing = np.zeros((self.encoder.batch, self.encoder.space.dim), np.float32)
+            return lambda: nothing
         pixels = blank_batch(self.encoder)
         for i, item in enumerate(batch):
             if isinstance(item, images.Pixels):
@@ -203,28 +213,32 @@ class ShardTask:
         start_row: int,
         first: int,
         writer: ShardWriter,
-    ) -> tuple[list[dict[str, Any]], npt.NDArray[np.uint8]]:
+    ) -> list[dict[str, Any]]:
         """Wait for the latents of one batch, append them, and return its manifest rows."""
         status = np.array(
-            [OK if isinstance(i, images.Pixels) else STATUS_CODE[i.status] for i in batch], np.uint8
+            [STATUS_CODE[i.status] if isinstance(i, ImageError) else OK for i in batch], np.uint8
         )
         start = time.perf_counter()
         ready = latents()[: len(batch)]
         encoded = time.perf_counter()
+        for i, item in enumerate(batch):
+            if isinstance(item, Held):
+                ready[i] = item.latent
         stored = writer.append(ready, status)
         self.times["encode"] += encoded - start
         self.times["write"] += time.perf_counter() - encoded
-        manifest = [
+        return [
             _manifest_row(start_row + first + i, inputs[first + i], item, stored[i])
             for i, item in enumerate(batch)
         ]
-        return manifest, stored
 
 
-def _manifest_row(
-    row: int, listed: dict[str, Any], item: images.Pixels | ImageError, stored: np.uint8
-) -> dict[str, Any]:
+def _manifest_row(row: int, listed: dict[str, Any], item: Item, stored: np.uint8) -> dict[str, Any]:
+    if isinstance(item, Held) and item.manifest is not None:
+        return item.manifest
     out: dict[str, Any] = {"row": row, **{k: v for k, v in listed.items() if k != "path_raw"}}
+    if isinstance(item, Held):
+        return out | {"status": "ok", "reason": ""}  # of a further array, which has no manifest
     facts = item if isinstance(item, images.Pixels) else item.facts
     if isinstance(facts, images.Pixels | images.FileFacts):
         out |= {"bytes": facts.bytes, "mtime": facts.mtime, "sha256": facts.sha256}

@@ -53,6 +53,8 @@ class Costs:
         Parquet bytes of a row, and of a part without rows.
     write_rate : float
         Bytes a second, with the final fsync, to a file beside the store.
+    encode_spread_ms : float
+        Twice the standard error of encoding one image, over the calls; 0 for a single call.
     """
 
     sampled: int
@@ -67,6 +69,7 @@ class Costs:
     manifest_row_bytes: float
     manifest_shard_bytes: float
     write_rate: float
+    encode_spread_ms: float = 0.0
 
 
 def measure(
@@ -106,7 +109,7 @@ def measure(
         decode.append(item.decode_seconds)
         # More pictures than a batch replace its first: what they show does not change the time.
         pictures[len(read) % encoder.batch] = item.rgb
-    encode, encode_cpu = _encode_seconds(encoder, pictures)
+    encode, encode_cpu, encode_spread = _encode_seconds(encoder, pictures)
     shard_bytes, row_bytes = parquet_size(manifest_table(manifest))
     return Costs(
         sampled=len(manifest),
@@ -121,6 +124,7 @@ def measure(
         manifest_row_bytes=row_bytes,
         manifest_shard_bytes=shard_bytes,
         write_rate=write_rate(where),
+        encode_spread_ms=2000 * encode_spread,
     )
 
 
@@ -155,8 +159,11 @@ def _manifest_row(row: int, listed: dict[str, Any], item: images.Pixels | ImageE
     return out
 
 
-def _encode_seconds(encoder: Encoder, pictures: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """Return seconds an image on the clock and of CPU; the first call warms up, unless it takes very long."""
+def _encode_seconds(encoder: Encoder, pictures: npt.NDArray[np.uint8]) -> tuple[float, float, float]:
+    """Return seconds an image on the clock, of CPU, and the standard error of the first.
+
+    The first call warms up, unless it takes very long.
+    """
     rows = np.full(encoder.batch, -1, np.int64)
     calls: list[tuple[float, float]] = []
     while True:
@@ -167,7 +174,9 @@ def _encode_seconds(encoder: Encoder, pictures: npt.NDArray[np.uint8]) -> tuple[
         if spent > _ENCODE_LIMIT or (len(calls) > 1 and spent - calls[0][0] > _ENCODE_SECONDS):
             break
     counted = calls[1:] or calls
-    return fmean(c[0] for c in counted) / encoder.batch, fmean(c[1] for c in counted) / encoder.batch
+    clocks, cpus = zip(*counted, strict=True)
+    clock, cpu, error = fmean(clocks), fmean(cpus), _standard_error(clocks)
+    return clock / encoder.batch, cpu / encoder.batch, error / encoder.batch
 
 
 def write_rate(where: Path) -> float:

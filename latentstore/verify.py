@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from latentstore import codecs
 from latentstore.changes import Change
 from latentstore.encoders import Encoder, blank_batch
-from latentstore.errors import CorruptStoreError, ImageError
+from latentstore.errors import CorruptStoreError, ImageError, StoreFormatError
 from latentstore.removal import REMOVED, Removed, read_removed
 from latentstore.schema import LATENTS, OK
 from latentstore.seal import SEAL, read_seal
@@ -28,6 +28,7 @@ from latentstore.shards import (
     read_index_is_plain,
     record_file,
     status_file,
+    unnamed_parts,
 )
 from latentstore.sources import Source
 from latentstore.store import LatentStore
@@ -84,7 +85,12 @@ class Verification:
         return sorted({(d.array, d.shard) for d in self.damages if d.shard is not None})
 
 
-def verify(store: LatentStore, *, on_rows: Callable[[int, int], None] | None = None) -> Verification:
+def verify(
+    store: LatentStore,
+    *,
+    only: Collection[tuple[str, int]] | None = None,
+    on_rows: Callable[[int, int], None] | None = None,
+) -> Verification:
     """Check every checksum, record and manifest part against each other and against the committed list.
 
     All arrays of the store are checked.
@@ -92,6 +98,8 @@ def verify(store: LatentStore, *, on_rows: Callable[[int, int], None] | None = N
     Parameters
     ----------
     store : LatentStore
+    only : collection of (array, shard), optional
+        Check these shards alone.
     on_rows : callable, optional
         Called with (rows checked, damaged rows among them) after each shard.
     """
@@ -112,9 +120,15 @@ def verify(store: LatentStore, *, on_rows: Callable[[int, int], None] | None = N
     # Reading and checksums leave the interpreter free: threads check several shards at a time.
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
         for name in store.arrays():
-            array = LatentStore(store.root, name)
-            looks = pool.map(partial(_look, array, inputs, removed), range(array.layout.n_shards))
-            for shard, (damages, size) in enumerate(looks):
+            try:
+                array = LatentStore(store.root, name)
+            except StoreFormatError as exc:
+                found.damages.append(Damage(None, "metadata", str(exc), name))
+                continue
+            every = range(array.layout.n_shards)
+            shards = [s for s in every if only is None or (name, s) in only]
+            looks = pool.map(partial(_look, array, inputs, removed), shards)
+            for shard, (damages, size) in zip(shards, looks, strict=True):
                 _count(array, shard, damages, size, found, on_rows)
     return found
 
@@ -140,7 +154,7 @@ def _count(
     found.damages += damages
     found.shards += 1
     found.bytes += size
-    if not damages and not record_file(store.root, shard, store.array).exists():
+    if not damages and not store.is_done(shard):
         found.open_shards += 1
     if on_rows is not None:
         rows = len(store.layout.span(shard))
@@ -162,11 +176,17 @@ def _still_there(store: LatentStore, shard: int, removed: Removed) -> list[Damag
         return []
     span = range(record.start, record.start + record.rows)
     codes = np.fromfile(status_file(store.root, shard, store.array), np.uint8)
-    if any(codes[row - span.start] != REMOVED for row in removed.rows if row in span):
-        text = f"has removed rows still in it; `latentstore remove --store {store.root}` finishes that"
-        return [Damage(None, "removal", f"shard {shard} {text}")]
+    finishes = f"`latentstore remove --store {store.root}` finishes that"
+    if any(codes[row - span.start] != REMOVED for row in removed.within(span)):
+        return [Damage(None, "removal", f"shard {shard} has removed rows still in it; {finishes}")]
     if not removed.rows and (codes == REMOVED).any():
         return [Damage(None, "removed list", f"is missing, but shard {shard} has removed rows")]
+    if removed.sha256 and record.manifest_part:
+        contents = store.manifest_part(record, ["sha256"])["sha256"].to_pylist()
+        if not removed.sha256.isdisjoint(contents):
+            return [
+                Damage(None, "removal", f"shard {shard} has removed content under another name; {finishes}")
+            ]
     return []
 
 
@@ -202,13 +222,36 @@ def sample_again(
         if difference > tolerance:
             shard = row // store.layout.shard_rows
             text = f"row {row} encodes differently now: {difference:.2g}, and {tolerance:.2g} is allowed"
-            found.damages.append(Damage(shard, "latents", text))
+            found.damages.append(Damage(shard, "sample", text, store.array))
 
 
-def discard(store: LatentStore, shards: list[int]) -> None:
-    """Take back the records of damaged shards of this array, so that encoding makes just those anew."""
-    for shard in shards:
-        record_file(store.root, shard, store.array).unlink(missing_ok=True)
+def lost_rows(store: LatentStore, source: Source, shard: int) -> list[str]:
+    """Return the paths whose rows would be lost if a shard were made from its files anew.
+
+    Those that were ok and whose file is gone, unreadable, or of another content now. Where the manifest is
+    damaged, contents cannot be compared.
+    """
+    first = store.first
+    record = first.record(shard)
+    span = store.layout.span(shard)
+    listed = store.inputs().slice(span.start, len(span)).select(["path", "path_raw"]).to_pylist()
+    before: list[dict[str, Any]] = [{"status": "ok", "sha256": None}] * len(listed)
+    if record is not None:
+        part = store.root / "manifest" / record.manifest_part
+        if part.exists() and zlib.crc32(part.read_bytes()) == record.manifest_crc32:
+            known = first.manifest_part(record, ["status", "sha256"]).to_pylist()
+            before[: len(known)] = known
+    source.refresh()
+    lost = []
+    for image, was in zip(listed, before, strict=True):
+        if was["status"] == "ok":
+            try:
+                sha256 = source.read(image).sha256
+            except ImageError:
+                sha256 = ""
+            if sha256 == "" or was["sha256"] not in (None, sha256):
+                lost.append(image["path"])
+    return lost
 
 
 def _encode_one(
@@ -237,9 +280,18 @@ def _metadata(store: LatentStore) -> list[Damage]:
                 out.append(Damage(None, "metadata", f"{name} does not match its checksum"))
         except OSError as exc:
             out.append(Damage(None, "metadata", f"{name} cannot be read ({exc.strerror})"))
+    for part in unnamed_parts(store.root):
+        text = f"{part} stands beside the part that its shard's record names; run encode again"
+        out.append(Damage(None, "manifest", text))
     for array in store.arrays():
-        body = json.loads((store.root / array / "zarr.json").read_text(encoding="utf-8"))
-        recorded, space = body["attributes"]["latentstore"]["space_id"], LatentStore(store.root, array).space
+        try:
+            body = json.loads((store.root / array / "zarr.json").read_text(encoding="utf-8"))
+            recorded, space = (
+                body["attributes"]["latentstore"]["space_id"],
+                LatentStore(store.root, array).space,
+            )
+        except (ValueError, KeyError, TypeError, StoreFormatError):
+            continue  # told with the array's shards
         if recorded != space.id:
             out.append(Damage(None, "space", f"recorded as {recorded}, its fields hash to {space.id}", array))
     return out

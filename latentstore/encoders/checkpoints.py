@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latentstore.errors import EncoderError
+from latentstore.errors import EncoderError, EncoderUnreachableError
 from latentstore.schema import canonical_json
 
 CLASSES = (
@@ -177,7 +177,7 @@ def _hub_config(name: str, revision: str | None) -> tuple[str | None, Mapping[st
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub import try_to_load_from_cache as cached
 
-    why = "it holds no autoencoder's config.json."
+    why, kind = "it holds no autoencoder's config.json.", EncoderError
     for subfolder in (*_SUBFOLDERS, None):
         file = f"{subfolder}/config.json" if subfolder else "config.json"
         try:
@@ -191,8 +191,11 @@ def _hub_config(name: str, revision: str | None) -> tuple[str | None, Mapping[st
             raise
         except Exception as exc:  # the hub's client raises other kinds in each of its versions
             why = f"{first_line(exc).rstrip('.')}."
+            named_wrongly = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+            if not isinstance(exc, (*named_wrongly, errors.HFValidationError)):
+                kind = EncoderUnreachableError
             break
-    raise EncoderError(
+    raise kind(
         f"Encoder {name} is no local folder and could not be had from the hub: {why} "
         "If this machine is offline, download it elsewhere and name the folder."
     )

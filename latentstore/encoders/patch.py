@@ -27,7 +27,7 @@ class PatchEncoder:
     image_size : int
         A multiple of 8 (64 gives 256-d latents).
     batch : int, optional
-        Pictures of one call, by default 64. The latents do not depend on it.
+        Pictures of one call, by default 28. The latents do not depend on it.
 
     Notes
     -----

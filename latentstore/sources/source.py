@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from latentstore.manifest import (
 from latentstore.sources import patterns, tars, urls
 from latentstore.sources.places import LocalFile, Place, SourceError, Stat
 
-_MEMBER = re.compile(r"(.*?\.tar)/(.+)", re.IGNORECASE | re.DOTALL)
+_IN_TAR = re.compile(r"\.tar(?=/.)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Source:
         Names of tar shards and images below ``root``, with wildcards and braces; none means all of it.
     skip_unreachable : bool
         A URL that refuses or does not answer is a row of status ``missing``, and does not stop the job.
+    notes : list of str
+        What a user should know of the last listing: tars that seem to be cut off.
     """
 
     root: Path | str
@@ -54,6 +57,7 @@ class Source:
     follow_links: bool = False
     patterns: tuple[str, ...] = ()
     skip_unreachable: bool = False
+    notes: builtins.list[str] = field(default_factory=builtins.list, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -107,8 +111,8 @@ class Source:
         """Return the same source by paths that mean the same from any working folder."""
         return replace(
             self,
-            root=self.root if isinstance(self.root, str) else self.root.absolute(),
-            manifest=None if self.manifest is None else self.manifest.absolute(),
+            root=self.root if isinstance(self.root, str) else _absolute(self.root),
+            manifest=None if self.manifest is None else _absolute(self.manifest),
         )
 
     # --- listing ------------------------------------------------------------------------------------
@@ -141,6 +145,7 @@ class Source:
 
     def _files(self) -> Sequence[bytes]:
         self.refresh()
+        self.notes.clear()
         if self.patterns:
             found = {os.fsencode(n) for p in self.patterns for n in patterns.files(self.root, p)}
             return sorted(n for n in found if _is_used(os.fsdecode(n)))
@@ -156,7 +161,10 @@ class Source:
 
     def _rows(self, name: bytes) -> Iterator[dict[str, Any]]:
         if patterns.is_tar(os.fsdecode(name)):
-            yield from tars.rows(self._place(os.fsdecode(name)), name)
+            rows, note = tars.rows(self._place(os.fsdecode(name)), name)
+            if note:
+                self.notes.append(note)
+            yield from rows
         else:
             yield named_row(name)
 
@@ -170,7 +178,7 @@ class Source:
         if self.manifest is None or isinstance(self.root, str):
             return
         paths = inputs["path"].to_pylist()
-        if not any(is_url(p) or (self.root / _MEMBER.sub(r"\1", p)).exists() for p in paths):
+        if not any(is_url(p) or _is_there(self.root, p) for p in paths):
             raise UsageError(
                 f"None of the {len(paths)} files that {self.manifest} lists is there; its paths were taken "
                 f"as relative to {self.root.absolute()} (the first: {paths[0]}). Name the folder they are "
@@ -235,12 +243,11 @@ class Source:
         """Return the file that holds a listed image, and its name within when that is a tar."""
         raw = listed.get("path_raw")
         name = os.fsdecode(raw) if raw is not None else str(listed["path"])
-        split = _MEMBER.fullmatch(name)
-        if split is not None:
-            place = self._place(split.group(1))
+        for split in _IN_TAR.finditer(name):
+            place = self._place(name[: split.end()])
             # A folder may be called x.tar, too.
             if not (isinstance(place, LocalFile) and place.path.is_dir()):
-                return place, split.group(2)
+                return place, name[split.end() + 1 :]
         return self._place(name), None
 
     def _place(self, name: str) -> Place:
@@ -254,6 +261,21 @@ class Source:
         if ".." in name.split("/"):
             raise ImageError("link_outside", ".. in the path leads outside the image folder")
         return urls.UrlFile(f"{self.root.rstrip('/')}/{name}")
+
+
+def _absolute(path: Path) -> Path:
+    """Return a path from the root on, without ``..`` unless that stands behind a link and leads elsewhere."""
+    plain = Path(os.path.abspath(path))  # noqa: PTH100
+    try:
+        return plain if plain.samefile(path) else path.absolute()
+    except OSError:  # not there (any more)
+        return plain
+
+
+def _is_there(root: Path, path: str) -> bool:
+    """Tell whether a listed file, or a tar that may hold it, lies on this machine."""
+    names = [path, *(path[: split.end()] for split in _IN_TAR.finditer(path))]
+    return any(patterns.is_there(root / name) for name in names)
 
 
 def _is_used(name: str) -> bool:

@@ -44,10 +44,11 @@ class Member(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The images of a tar by name, in the tar's order, and what the sidecar files say by key."""
+    """The images of a tar by name, in the tar's order; what sidecars say, by key; whether it seems cut."""
 
     members: dict[str, Member]
     sidecars: dict[str, dict[str, Any]]
+    cut: bool = False
 
 
 def is_compressed(name: str) -> bool:
@@ -68,8 +69,8 @@ def refuse_compressed(name: str, kind: str = "compressed") -> None:
     )
 
 
-def rows(place: Place, name: bytes) -> list[dict[str, Any]]:
-    """Return one row an image of a tar, in the order of its members.
+def rows(place: Place, name: bytes) -> tuple[list[dict[str, Any]], str]:
+    """Return one row an image of a tar, in the order of its members, and a warning or "".
 
     That order is the archive's own, the same at every listing, and reading in it runs forward through the
     file. Members that are added to the tar come behind.
@@ -82,8 +83,10 @@ def rows(place: Place, name: bytes) -> list[dict[str, Any]]:
 
     Returns
     -------
-    list of dict
+    rows : list of dict
         For :func:`~latentstore.manifest.input_table`.
+    note : str
+        Says that the tar does not end as one does: a copy that broke off leaves whole members in front.
 
     Raises
     ------
@@ -105,7 +108,8 @@ def rows(place: Place, name: bytes) -> list[dict[str, Any]]:
         if caption and not said.get("prompt") and role == "translation":
             said["prompt"] = caption
         out.append(row | said)
-    return out
+    note = f"{place.name} has no end-of-archive mark: it may be cut off, and images be missing from it"
+    return out, note if found.cut else ""
 
 
 def read(place: Place, member: str) -> FileFacts:
@@ -174,8 +178,8 @@ def index(place: Place, *, look: bool = False) -> Index:
 def _scanned(place: Place, seen: Stat) -> Index:
     if seen.size is None:
         raise UsageError(f"{place.name}: the server does not say how large it is; a tar needs that.")
-    found = Index({}, {})
-    for info, header_crc32, content in _headers(place, seen.size):
+    found, file = Index({}, {}), _Window(place, seen.size)
+    for info, header_crc32, content in _headers(file):
         name = info.name.removeprefix("./")
         kind = suffix_of(name)
         if kind in IMAGE_SUFFIXES:
@@ -187,7 +191,7 @@ def _scanned(place: Place, seen: Stat) -> Index:
         elif kind in (".json", *_CAPTIONS) and info.isreg():
             said = found.sidecars.setdefault(_key(name), {})
             said |= _sidecar(f"{place.name}/{name}", kind, info.size, content)
-    return found
+    return found._replace(cut=file.at(file.end, BLOCK) != bytes(BLOCK))
 
 
 def _key(member: str) -> str:
@@ -228,7 +232,7 @@ def _sidecar(name: str, kind: str, size: int, content: Callable[[], bytes]) -> d
     return fields
 
 
-def _headers(place: Place, size: int) -> Iterator[tuple[tarfile.TarInfo, int, Callable[[], bytes]]]:
+def _headers(file: _Window) -> Iterator[tuple[tarfile.TarInfo, int, Callable[[], bytes]]]:
     """Yield every member with the checksum of its header and a function that reads it.
 
     Raises
@@ -236,7 +240,7 @@ def _headers(place: Place, size: int) -> Iterator[tuple[tarfile.TarInfo, int, Ca
     UsageError
         Compressed, no tar, or damaged before its end.
     """
-    file = _Window(place, size)
+    place, size = file.place, file.size
     start = file.at(0, 8)
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
@@ -248,6 +252,7 @@ def _headers(place: Place, size: int) -> Iterator[tuple[tarfile.TarInfo, int, Ca
             at, n = info.offset_data, info.size
             if tar.offset < at:
                 raise tarfile.ReadError("a member of negative size")
+            file.end = tar.offset
             yield info, zlib.crc32(file.at(at - BLOCK, BLOCK)), partial(file.at, at, n)
             if tar.offset >= size:
                 return  # it ends here; a torn last member is a row of its own
@@ -267,12 +272,15 @@ def _headers(place: Place, size: int) -> Iterator[tuple[tarfile.TarInfo, int, Ca
 
 
 class _Window:
-    """What :mod:`tarfile` reads headers from: a file by position, a window of it in memory."""
+    """What :mod:`tarfile` reads headers from: a file by position, a window of it in memory.
+
+    ``end`` is where the last member that was found ends.
+    """
 
     def __init__(self, place: Place, size: int) -> None:
         self.place, self.size = place, size
         self.step = _HEADERS_AT_ONCE if isinstance(place, LocalFile) else _URL_AT_ONCE
-        self.position = self.start = 0
+        self.position = self.start = self.end = 0
         self.held = b""
 
     def tell(self) -> int:

@@ -35,12 +35,16 @@ def test_a_second_encoders_latents_beside_the_first(run: Run, store: Path) -> No
 
 def test_remove_asks_and_then_removes_everywhere(run: Run, store: Path, here: Path) -> None:
     run("latentstore", "match", "images/07.jpg")  # keeps the collection's map
-    assert "07.jpg" in run("latentstore", "remove", "07.jpg", code=1).stderr  # nobody said yes
+    unasked = run("latentstore", "remove", "07.jpg", "--json", code=2)
+    assert "07.jpg" in unasked.stderr
+    assert "give --yes" in unasked.stderr
+    assert unasked.stdout == ""
     assert json.loads(run("latentstore", "info", "--json").stdout)["statuses"] == {"ok": 30}
     shutil.copy(here / "images" / "07.jpg", here / "outside.jpg")
     said = json.loads(run("latentstore", "remove", "outside.jpg", "--yes", "--json").stdout)
     assert (said["paths"], said["shards"]) == (["07.jpg"], 1)
     assert [p.name for p in (store / "projections").iterdir()] == ["zarr.json"]
+    assert "already removed" in run("latentstore", "remove", "07.jpg", "--yes").stdout
     found = json.loads(run("latentstore", "match", "outside.jpg", "--json").stdout)
     assert "07.jpg" not in [c["path"] for c in found["matches"][0]["candidates"]]
     run("latentstore", "encode")

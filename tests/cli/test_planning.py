@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def test_measured_and_extrapolated_are_told_apart(here: Path) -> None:
     for word in ("60 rows", "numbers a row", "images/s", "limit", "a kill costs", "2,000,000", "100,000,000"):
         assert word in extrapolated, word
     assert "Nothing was written" in measured
+    assert re.search(r"encode +[\d.]+ ± [\d.]+ ms", measured)
+    assert re.search(r"what is left +60 +1 +[\d.]+ kB +yes +[\d.]+ s", extrapolated)
     assert [p.name for p in here.iterdir()] == ["images"]
 
 

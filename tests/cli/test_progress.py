@@ -51,6 +51,24 @@ def test_log_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     )
 
 
+def test_the_rate_is_that_of_the_last_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 rows a second for a minute, then 10: rate and time left are the latter's."""
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    shown = Progress("images", lambda progress: None)
+    assert (shown.rate, shown.left) == (0.0, None)
+    now += 20  # loading
+    shown.on_start(10_000, 10_000)
+    assert (shown.rate, shown.left) == (0.0, None)
+    for seconds, rows in ((60, 100), (40, 10)):
+        for _ in range(seconds):
+            now += 1
+            shown.on_rows(rows, 0)
+        assert shown.rate == pytest.approx(rows)
+    assert shown.left == pytest.approx((10_000 - 6_400) / 10)
+    assert len(shown._marks) < 40
+
+
 def test_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "_LOG_EVERY", 0.0)
     with tracked("encode", "images", quiet=True) as shown:
@@ -64,7 +82,8 @@ import sys, time
 sys.path[:0] = [%r]
 from test_progress import drive
 from cli.progress import tracked
-with tracked("encode", "images") as shown:
+with tracked("encode", "images", first="loading the encoder") as shown:
+    time.sleep(0.3)
     drive(shown)
     for _ in range(5):
         time.sleep(0.3)
@@ -88,5 +107,7 @@ with tracked("encode", "images") as shown:
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
     assert re.search(r"700/1200 [\d,.]+ images/s \d:\d\d:\d\d 3 bad", text), text
     assert SHOWN in text
+    assert "loading the encoder" in text.partition("/1200")[0]
+    assert "/?" not in text
     assert "…" not in text
     assert max(len(line) for line in re.split(r"[\r\n]+", text)) <= 80

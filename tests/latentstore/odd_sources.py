@@ -13,7 +13,7 @@ import numpy as np
 
 from latentstore.images import Pixels
 from latentstore.manifest import input_table
-from latentstore.sources import Source
+from latentstore.sources import Source, SourceError
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,15 @@ class Fatal(Source):
         if workers is not None and len(workers.Worker._instances):
             os.kill(os.getpid(), signal.SIGKILL)
         return Fatal, (self.root,)
+
+
+class Silent(Source):
+    """A server that does not answer; each question is noted beside the folder."""
+
+    def load(self, listed, size, *, max_pixels=0):
+        with (self.root.parent / "asked").open("a") as file:
+            file.write("?")
+        raise SourceError("the server does not answer")
 
 
 class Unloadable(Source):

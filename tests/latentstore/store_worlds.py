@@ -76,11 +76,11 @@ def rows_of(n, **columns):
     return input_table({"path": f"{i:06d}.png"} | each[i] for i in range(n))
 
 
-def make_store(root, latents, *, status=None, inputs=None, shard_rows=84, batch=50, only=None):
+def make_store(root, latents, *, status=None, inputs=None, shard_rows=84, batch=50, only=None, codec=None):
     """A store of given latents; ``only`` names the shards to write."""
     n, dim = latents.shape
     inputs = rows_of(n) if inputs is None else inputs
-    layout = Layout.plan(n, dim, dtype=str(latents.dtype), shard_rows=shard_rows)
+    layout = Layout.plan(n, dim, dtype=str(latents.dtype), shard_rows=shard_rows, codec=codec)
     spec = StoreSpec("images", space_of(dim), layout, {"made": "by a test"}, {"root": str(root.parent)})
     store = create(root, spec, inputs)
     status = np.full(n, OK, np.uint8) if status is None else status

@@ -66,7 +66,7 @@ def test_rows_follow_the_first_array(folder, root):
     store = open_store(root)
     assert store.counts() == {"ok": 100}
     summary = add(folder, root)
-    assert summary.counts == {"ok": 99, "unreadable": 1}
+    assert summary.counts == {"ok": 99, "changed": 1}
     picture(77).save(folder / "0004.png", compress_level=1)
     summary = add(folder, root, name="later", size=16)
     assert open_store(root / "later").status()[4] == STATUS_CODE["changed"]

@@ -146,6 +146,9 @@ def test_all_bad_is_a_store_too(tmp_path):
     summary = encode_patch(folder, tmp_path / "s.zarr")
     assert summary.counts == {"unreadable": 90}
     assert len(summary.bad) == 20
+    reasons = {path: reason for path, _, reason in summary.bad}
+    assert reasons.pop("0.jpg") == "the file is empty"
+    assert set(reasons.values()) == {"not an image"}
     assert not open_store(tmp_path / "s.zarr").reader.read(0, 90).any()
 
 

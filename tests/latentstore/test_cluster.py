@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from odd_sources import Blank, Fatal, Slow
+from odd_sources import Blank, Fatal, Silent, Slow
 from store_worlds import data_files, encode_patch, make_store, partials, photo_folder
 
 from latentstore import cluster
@@ -24,6 +24,7 @@ from latentstore.cluster import (
 from latentstore.encode import Job, Source, encode
 from latentstore.encoders import PatchEncoder
 from latentstore.errors import SpaceMismatchError, UsageError
+from latentstore.sources import SourceError
 from latentstore.store import open_store
 from latentstore.tasks import ShardOutcome
 
@@ -116,6 +117,15 @@ def test_a_worker_with_another_encoder_is_refused(tmp_path, client):
             PatchEncoder(64),
             run=on_cluster(client, {**RECIPE, "image_size": 32}),
         )
+    assert open_store(tmp_path / "s.zarr").todo() == [0]
+
+
+def test_what_was_tried_enough_is_not_tried_again(tmp_path, client):
+    """An expected failure ends the job at once; Dask tries only what is raised again."""
+    folder = photo_folder(tmp_path / "in", 1)
+    with pytest.raises(SourceError, match="does not answer"):
+        encode(Silent(folder), tmp_path / "s.zarr", PatchEncoder(64), run=on_cluster(client, RECIPE))
+    assert (tmp_path / "asked").read_text() == "?"
     assert open_store(tmp_path / "s.zarr").todo() == [0]
 
 

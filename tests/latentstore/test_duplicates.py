@@ -15,6 +15,7 @@ from latentstore.duplicates import CEILING, FLOOR, Whitening, find, set_threshol
 from latentstore.encoders import PatchEncoder
 from latentstore.errors import UsageError
 from latentstore.groups import load, write
+from latentstore.verify import verify
 
 SIZE = 128
 KINDS = {
@@ -346,6 +347,17 @@ def test_writing_again_gives_the_same_bytes_and_leaves_no_partial(kept):
     write(store, found, store.data_hash())
     assert tree(store.root) == before
     assert not [name for name in before if name.endswith(".partial")]
+
+
+def test_the_store_is_whole_with_its_groups(kept):
+    """Its folder's metadata is sealed: it stays as it was made, or comes back as it was."""
+    store, found = kept
+    assert not verify(store).damages
+    before = tree(store.root)
+    (store.root / "duplicates" / "zarr.json").unlink()
+    assert verify(store).damages
+    write(store, found, store.data_hash())
+    assert tree(store.root) == before
 
 
 def test_zarr_opens_the_store_without_a_warning(kept):

@@ -199,8 +199,8 @@ def test_a_lost_file_costs_its_shard_alone(photos, undisturbed, tmp_path, file):
     (root / file).unlink()
     encoder = Counting()
     encode_patch(photos, root, encoder=encoder)
-    # The last of the shard's two batches is padded to the encoder's fixed 64.
-    assert sorted(set(encoder.rows)) == list(range(336, 336 + 128))
+    # The shard's rows are three whole batches: nothing is padded.
+    assert sorted(set(encoder.rows)) == list(range(336, 336 + 84))
     assert {k: v for k, v in shard_facts(root).items() if k != "4"} == {
         k: v for k, v in facts.items() if k != "4"
     }

@@ -126,6 +126,9 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.parquet").write_text("path\n")
     with pytest.raises(ManifestError, match="not a readable"):
         list_manifest(tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("a.png\n")
+    with pytest.raises(ManifestError, match=r"is a \.csv or a \.parquet with a column named path"):
+        list_manifest(tmp_path / "a.txt")
     with pytest.raises(ManifestError, match="none named path"):
         list_manifest(parquet(tmp_path, file=["a.png"]))
 

@@ -369,7 +369,7 @@ def test_random_damage_never_crashes_nor_mixes_members_up(tmp_path):
             path = tmp_path / f"{form}-{at}.tar"
             path.write_bytes(data)
             try:
-                found = tars.rows(LocalFile(path), b"x.tar")
+                found, _ = tars.rows(LocalFile(path), b"x.tar")
             except LatentStoreError:
                 outcomes["refused"] += 1
                 continue
@@ -404,6 +404,54 @@ def test_a_tar_that_changes_behind_our_back(tmp_path):
     path.unlink()
     with pytest.raises(ImageError, match="not there"):
         source.read(listed("x.tar/a.png"))
+
+
+def test_a_tar_that_was_cut_off_is_told(tmp_path):
+    """Between two members nothing is torn: only the mark at the end is missing. What is there is used."""
+    whole = tar_bytes([("a.png", png(1)), ("b.png", png(2))], bufsize=512)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        second = tar.getmember("b.png").offset
+    ends = second + 512 + -(-len(png(2)) // 512) * 512
+    for end, names, cut in [
+        (len(whole), "ab", False),
+        (ends + 512, "ab", False),  # one block of zeros instead of two: some programs write that
+        (ends, "ab", True),
+        (second, "a", True),
+        (second + 100, "a", True),
+    ]:
+        (tmp_path / "x.tar").write_bytes(whole[:end])
+        source = Source(tmp_path)
+        for _ in range(2):  # also when it is listed again
+            assert paths(source) == [f"x.tar/{name}.png" for name in names]
+            assert len(source.notes) == cut, end
+        assert all("x.tar has no end-of-archive mark" in note for note in source.notes)
+        for name in names:
+            assert source.read(listed(f"x.tar/{name}.png")).data == png("ab".index(name) + 1)
+
+
+def test_a_tar_in_a_folder_that_is_called_so(tmp_path):
+    write_tar(tmp_path / "old.tar" / "new.tar" / "x.tar", [("d.tar/a.png", png(1))])
+    source = Source(tmp_path)
+    assert paths(source) == ["old.tar/new.tar/x.tar/d.tar/a.png"]
+    encode_patch(None, tmp_path / "s.zarr", source=source)
+    assert open_store(tmp_path / "s.zarr").counts() == {"ok": 1}
+
+
+def test_one_folder_has_one_name(tmp_path, monkeypatch):
+    """.. is no other folder, and a link is not resolved; behind a link .. leads where it leads."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "deep")
+    monkeypatch.chdir(tmp_path / "here")
+    for named, root in [
+        ("../there", tmp_path / "there"),
+        ("../here/../there/./deep", tmp_path / "there" / "deep"),
+        ("../link", tmp_path / "link"),
+        ("../gone", tmp_path / "gone"),
+        ("../link/..", tmp_path / "here" / ".." / "link" / ".."),
+    ]:
+        assert Source.of(named).describe()["root"] == str(root)
+    assert Source(Path(), Path("../list.csv")).describe()["manifest"] == str(tmp_path / "list.csv")
 
 
 def test_tars_and_links(tmp_path):

@@ -70,7 +70,7 @@ def test_repair_makes_only_the_damaged_shard_anew(store, name):
     assert "DAMAGED shard 3" in said.output
     said = runner.invoke(app, ["verify", str(store), "--repair"])
     assert said.exit_code == 0, said.output
-    assert "1 damaged shards were made anew" in said.output
+    assert "damaged shards that were made anew: 1" in said.output
     assert data_files(store) == before
     assert {s: (store / f"latents/c/{s}/0").stat().st_ino for s in kept} == kept
 
