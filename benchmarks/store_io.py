@@ -92,6 +92,13 @@ def timed(cases: dict[str, Callable[[], Any]], before: Callable[[], None]) -> di
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def write_raw(root: Path, data: np.ndarray) -> None:
+    """The limit: the rows alone, to one file a shard."""
+    root.mkdir()
+    for at in range(0, len(data), SHARD):
+        data[at : at + SHARD].tofile(root / f"{at:07d}")
+
+
 def synced(write: Callable[[Path, np.ndarray], None], root: Path, data: np.ndarray) -> None:
     write(root, data)
     for path in files_below(root):
@@ -128,6 +135,7 @@ def measure_writes(work: Path, data: np.ndarray, figures: list[Figure]) -> Laten
         "ours, with fsync": lambda: write_ours(fresh("ours.zarr"), data, inputs, tables),
         "zarr-python": lambda: write_zarr(fresh("theirs.zarr"), data),
         "zarr-python, then fsync": lambda: synced(write_zarr, fresh("theirs.zarr"), data),
+        "raw bytes, then fsync": lambda: synced(write_raw, fresh("raw"), data),
     }
     compare(figures, "write", "ours, with fsync", timed(cases, os.sync), {"zarr-python, then fsync": 2.0})
     store = open_store(work / "ours.zarr")

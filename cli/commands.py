@@ -116,8 +116,11 @@ def encode(
     ] = None,
     follow_links: Annotated[bool, typer.Option(help="Accept links that lead out of the folder.")] = False,
     max_pixels: Annotated[
-        int, typer.Option(help="Larger images are recorded, not decoded.", min=1)
-    ] = 89_478_485,
+        int | None,
+        typer.Option(
+            help="Larger images are recorded, not decoded.", min=1, show_default="89478485, or the store's"
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="That read and decode.", show_default="one a core", min=1)
     ] = None,

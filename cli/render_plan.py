@@ -76,8 +76,8 @@ def _range(hours: float, pace: Pace) -> str:
     """Return a time; two of them where the sample leaves more than a tenth open."""
     if pace.spread <= 0.1:
         return duration(3600 * hours)
-    ends = (duration(3600 * hours * (1 + side * min(pace.spread, 1))) for side in (-1, 1))
-    return " to ".join(ends)
+    most = 1 + pace.spread
+    return f"{duration(3600 * hours / most)} to {duration(3600 * hours * most)}"
 
 
 def _table(extents: list[Extent], pace: Pace | None) -> str:

@@ -100,7 +100,9 @@ def remove(
     if chosen.rows and not yes:
         listed = "".join(f"\n  {render.printable(p)}" for p in chosen.paths[:20])
         more = f"\n  and {len(chosen.rows) - 20:,} more" if len(chosen.rows) > 20 else ""
-        render.note(f"{len(chosen.rows):,} rows of {store} will be zeroed for good:{listed}{more}")
+        render.note(
+            f"{render.counted(len(chosen.rows), 'row')} of {store} will be zeroed for good:{listed}{more}"
+        )
         render.confirm("Remove them?")
     done = run_remove(store, chosen.rows, reason=reason)
     told = {**render.plain(done), "near_left": chosen.near, "note": chosen.note}

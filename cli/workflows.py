@@ -50,7 +50,7 @@ def run_encode(
     revision: str | None = None,
     follow_links: bool = False,
     skip_unreachable: bool = False,
-    max_pixels: int = images.MAX_PIXELS,
+    max_pixels: int | None = None,
     threads: int | None = None,
     retry_bad: bool = False,
     retry_changed: bool = False,

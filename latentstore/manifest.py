@@ -227,8 +227,8 @@ def list_manifest(path: Path) -> pa.Table:
             table = pq.read_table(path)
     except (pa.ArrowException, OSError) as exc:
         raise ManifestError(
-            f"{path} is not a readable CSV or Parquet file: {str(exc).splitlines()[0].rstrip('.')}. A manifest "
-            "is a .csv or a .parquet with a column named path (in a .csv the first line names the columns)."
+            f"{path} is not a readable CSV or Parquet file: {str(exc).splitlines()[0].rstrip('.')}. A "
+            "manifest is a .csv or .parquet file with a column named path (its name is a .csv's first line)."
         ) from exc
     if "path" not in table.column_names:
         raise ManifestError(

@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from latentstore.shards import latents_file, read_index_is_plain
 
 _MAX_OPEN = 512
 _IOV_MAX = 1024  # POSIX lets one preadv fill so many buffers.
-_PIECE = 8 << 20
+_PIECE = 2 << 20
+_LARGE = 16 << 20
+"""Bytes from which a read is worth several threads: they copy from the page cache side by side."""
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 class _File:
@@ -77,12 +81,21 @@ class Reader:
         if not 0 <= start <= stop <= self.layout.rows:
             raise UsageError(f"rows {start}:{stop} are outside the store's {self.layout.rows} rows.")
         out = self._buffer(stop - start, out)
+        runs = []
         row = start
         while row < stop:
             shard = row // self.layout.shard_rows
             end = min(stop, self.layout.span(shard).stop)
-            self._read_run(shard, row, out[row - start : end - start])
+            runs.append((shard, row, out[row - start : end - start]))
             row = end
+        if len(runs) > 1 and out.nbytes >= _LARGE and _THREADS > 1:
+            # A thread a shard: the kernel reads ahead in each of them.
+            with ThreadPoolExecutor(_THREADS) as pool:
+                for _ in pool.map(lambda run: self._read_run(*run), runs):
+                    pass
+        else:
+            for run in runs:
+                self._read_run(*run)
         return out
 
     def gather(

@@ -41,8 +41,10 @@ def test_measured_and_extrapolated_are_told_apart(here: Path) -> None:
 def test_dry_run_says_the_same_and_encode_then_does_it(here: Path) -> None:
     planned = json.loads(run("plan", "--json", *SMALL))
     dry = json.loads(run("encode", "--dry-run", "--json", *SMALL))
-    same = ("rows", "rows_left", "bytes_left", "dim", "dtype", "shard_rows", "batch", "threads")
+    same = ("rows", "rows_left", "dim", "dtype", "shard_rows", "batch", "threads")
     assert {k: planned[k] for k in same} == {k: dry[k] for k in same}
+    # A sample ends by the clock as well: a busy machine reads fewer files, and their rows compress otherwise.
+    assert planned["bytes_left"] == pytest.approx(dry["bytes_left"], rel=0.02)
     assert not (here / "latents.zarr").exists()
     assert json.loads(run("encode", "--json", *SMALL))["encoded"] == dry["rows_left"] == 60
 

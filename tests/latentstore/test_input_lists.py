@@ -127,7 +127,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ManifestError, match="not a readable"):
         list_manifest(tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("a.png\n")
-    with pytest.raises(ManifestError, match=r"is a \.csv or a \.parquet with a column named path"):
+    with pytest.raises(ManifestError, match=r"is a \.csv or \.parquet file with a column named path"):
         list_manifest(tmp_path / "a.txt")
     with pytest.raises(ManifestError, match="none named path"):
         list_manifest(parquet(tmp_path, file=["a.png"]))
