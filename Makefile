@@ -45,6 +45,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.store_io
 	$(BIN)/python -m benchmarks.encode_speed
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.codecs
 
 prove: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.faults

@@ -93,7 +93,7 @@ def timed(cases: dict[str, Callable[[], Any]], before: Callable[[], None]) -> di
 
 
 def write_raw(root: Path, data: np.ndarray) -> None:
-    """The limit: the rows alone, to one file a shard."""
+    """Write the rows alone, to one file a shard: the limit."""
     root.mkdir()
     for at in range(0, len(data), SHARD):
         data[at : at + SHARD].tofile(root / f"{at:07d}")
