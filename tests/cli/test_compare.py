@@ -1,0 +1,199 @@
+"""compare, as a user runs it: the control comes first, and what cannot be compared is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_helpers import picture
+from PIL import Image, ImageFilter
+from typer.testing import CliRunner
+
+from cli.app import app
+from cli.collection import Collection
+from latentstore.results import load
+from latentstore.store import open_store
+from solvers.closed import GeneralisedNull, PairData
+from solvers.projection import Projection
+from solvers.spectra import cos_phi
+
+D, M = 128, 16
+
+
+def said(*words: str, code: int = 0) -> str:
+    """What a command prints: its answer, or its one paragraph."""
+    done = CliRunner().invoke(app, ["compare", *words])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.stdout if code == 0 else done.stderr
+
+
+def save(name: str, W: np.ndarray, space: str = "one") -> str:
+    Projection(W, W, space_id=space, method="test").save(name)
+    return name
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    q = [np.linalg.qr(rng.standard_normal((D, M)))[0] for _ in range(3)]
+    maps = {"q1": q[0], "q2": q[1], "steep": q[2] * np.geomspace(1, 40, M)}
+    maps |= {"g1": rng.standard_normal((D, M)), "g2": rng.standard_normal((D, M))}
+    return {name: save(f"{name}.safetensors", W) for name, W in maps.items()}
+
+
+def test_the_control_is_said_first_and_stands_beside_every_pair(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    text = said(*files.values(), "--out", "compare.json")
+    assert text.startswith("cos φ of two sorted spectra does not tell a trained W from a random one, unless")
+    report = load(tmp_path / "compare.json")
+    assert report.kind == "compare"
+    assert report.summary[0].startswith("cos φ of two sorted spectra does not tell")
+    verdict = {f.group: f for f in report.find("cos φ") if f.role == "method"}
+    assert len(verdict) == 10
+    assert verdict["q1 × q2"].note.startswith("1 by construction")
+    assert verdict["g1 × g2"].note.startswith("inside the random band")
+    assert verdict["steep × g1"].note.startswith("below the random band")
+    assert "one of the two has orthonormal columns" in verdict["q1 × g1"].note
+    for group, figure in verdict.items():
+        (band,) = (f for f in report.find("cos φ", group=group) if f.role == "control")
+        assert band.interval is not None
+        assert band.interval[0] < band.value < band.interval[1]
+        assert figure.interval is None  # a file is one fit: no ± of its own
+    # "Of 10, 1 is by construction": the rest is outside but the Gaussian pair.
+    assert report.summary[1].startswith("Of 10 comparisons, 8 lie outside the random band, 1 inside, and 1 ")
+    assert {c.plot for c in report.curves} == {"spectrum", "principal angles"}
+    assert [c.label for c in report.curves if c.role == "control"] == [f"Gaussian {D} × {M}"]
+
+
+def test_values_are_those_of_numpy(files: dict[str, str]) -> None:
+    report = json.loads(said(files["g1"], files["steep"], "--json"))
+    a, b = (Projection.load(files[n]).query_map.astype(float) for n in ("g1", "steep"))
+    spectra = [np.linalg.svd(W, compute_uv=False) for W in (a, b)]
+    value = {(f["name"], f["role"]): f["value"] for f in report["figures"]}
+    assert value["cos φ", "method"] == pytest.approx(cos_phi(*spectra), rel=1e-12)
+    overlap = np.linalg.norm(np.linalg.qr(a)[0].T @ np.linalg.qr(b)[0]) ** 2 / M
+    assert value["overlap", "method"] == pytest.approx(overlap, rel=1e-10)
+    assert value["overlap", "control"] == M / D
+    assert value["principal angle, smallest", "note"] <= value["principal angle, median", "note"] <= 90
+
+
+def test_a_map_with_itself_and_names_that_collide(files: dict[str, str]) -> None:
+    report = json.loads(said(files["g1"], files["g1"], "--json"))
+    assert list(report["data"]["maps"]) == ["g1.safetensors", "g1.safetensors (file 2)"]
+    value = {(f["name"], f["role"]): f["value"] for f in report["figures"]}
+    assert value["cos φ", "method"] == pytest.approx(1.0, abs=1e-15)
+    assert value["principal angle, largest", "note"] < 1e-4  # degrees
+    narrow = save("narrow.safetensors", np.random.default_rng(1).standard_normal((D, M // 2)))
+    assert "the 8 largest singular values of each" in said(files["g1"], narrow)
+
+
+def test_what_cannot_be_compared_is_refused(files: dict[str, str]) -> None:
+    q1 = files["q1"]
+    assert "at least two projections and was given 1" in said(q1, code=2)
+    assert "was given 0" in said(code=2)
+    short = save("short.safetensors", np.eye(64)[:, :4])
+    text = said(q1, short, code=2)
+    assert "128 values" in text
+    assert "of 64" in text
+    other = save("other.safetensors", np.eye(D)[:, :4], space="two")
+    assert "space one, other of two" in said(q1, other, code=1)
+    Path("broken.safetensors").write_bytes(b"no such thing")
+    assert "broken.safetensors" in said(q1, "broken.safetensors", code=1)
+    assert "nowhere.safetensors" in said(q1, "nowhere.safetensors", code=2)
+    assert "no store" in said(q1, files["q2"], "--repeats", "3", code=2)
+    # A map of unknown space is compared, and that is said.
+    unknown = save("unknown.safetensors", np.eye(D)[:, :4], space="")
+    assert "The space of unknown is unknown" in said(q1, unknown)
+
+
+@pytest.fixture
+def pairs(here: Path) -> str:
+    """Originals with translations by two models: one blurs, one adds noise."""
+    lines = ["path,identity,role,model\n"]
+    for i in range(60):
+        original, rng = picture(i, 64), np.random.default_rng(1000 + i)
+        noise = rng.normal(0, 15, (64, 64, 3))
+        made = {
+            "": original,
+            "blur": original.filter(ImageFilter.GaussianBlur(3 + i % 4)),
+            "noise": Image.fromarray(np.clip(np.asarray(original) + noise, 0, 255).astype(np.uint8)),
+        }
+        for model, image in made.items():
+            image.save(here / f"{i}{model}.png")
+            lines.append(f"{i}{model}.png,{i},{'translation' if model else 'origin'},{model}\n")
+    (here / "list.csv").write_text("".join(lines))
+    done = CliRunner().invoke(
+        app, ["encode", "--manifest", "list.csv", "--store", "pairs.zarr", "--image-size", "32"]
+    )
+    assert done.exit_code == 0, done.output
+    return "pairs.zarr"
+
+
+def test_models_of_a_store_are_refitted_on_resampled_identities(pairs: str) -> None:
+    words = ["--store", pairs, "--rank", "8", "--repeats", "4", "--json"]
+    text = said(*words)
+    report = json.loads(text)
+    groups = ["blur × its resamples", "blur × noise, resampled", "noise × its resamples"]
+    fits = [f for f in report["figures"] if f["name"] == "cos φ" and f["role"] == "method"]
+    spread = [f for f in report["figures"] if f["name"].startswith("cos φ, standard deviation")]
+    assert [f["group"] for f in fits] == [f["group"] for f in spread] == groups
+    assert all(f["n"] == 4 for f in fits)
+    assert all(0 < f["value"] < 0.2 for f in spread)
+    assert any("bootstrap resamples" in c and "not a standard error" in c for c in report["caveats"])
+    # Seeded: the same again, and others with another seed.
+    again = json.loads(said(*words))
+    other = json.loads(said(*words, "--seed", "1"))
+    assert again["figures"] == report["figures"] != other["figures"]
+
+
+def test_cross_residuals_stand_beside_a_random_subspace(pairs: str) -> None:
+    report = json.loads(
+        said("--store", pairs, "--rank", "8", "--repeats", "2", "--method", "gnull", "--json")
+    )
+    value = {
+        (f["subject"], f["group"]): f["value"] for f in report["figures"] if f["name"] == "cross residual"
+    }
+    assert len(value) == 6
+    for a in ("blur", "noise"):
+        # W suppresses what its own model does, on identities that it has not seen.
+        assert value[f"W of {a}", f"T of {a}"] < value["random subspace of rank 8", f"T of {a}"]
+    # Taken again from the rows: W from blur's training pairs, T from noise's test pairs, μ of the gallery.
+    held = Collection.open(Path(pairs))
+    (o, g), (p, q) = held.pairs("train"), held.pairs("test")
+    o, g, p, q = (
+        held.read(rows[keep]).astype(np.float64)
+        for rows, keep in (
+            *((rows, held.model[g] == "blur") for rows in (o, g)),
+            *((rows, held.model[q] == "noise") for rows in (p, q)),
+        )
+    )
+    W = GeneralisedNull(8).fit(PairData.from_arrays(o, g)).query_map
+    centred = p - held.read(held.gallery).astype(np.float64).mean(axis=0)
+    expected = np.linalg.norm((q - p) @ W) / np.linalg.norm(centred @ W)
+    # W and μ are kept in float32; the ratio of two norms forgives what sums over D terms.
+    assert value["W of blur", "T of noise"] == pytest.approx(
+        expected, rel=D * float(np.finfo(np.float32).eps)
+    )
+
+
+def test_svd_is_said_to_be_one_by_construction(pairs: str) -> None:
+    text = said("--store", pairs, "--rank", "8", "--repeats", "2", "--method", "svd")
+    assert "blur × noise, resampled: cos φ = 1.00000000 over 2 fits, 1 by construction" in text
+    assert "lie outside the random band, 0 inside, and 3 are 1 by construction" in text
+
+
+def test_refits_that_say_nothing_are_refused(pairs: str, here: Path) -> None:
+    assert "--repeats is 1" in said("--store", pairs, "--repeats", "1", code=2)
+    assert "reads no pairs" in said("--store", pairs, "--method", "pca", code=2)
+    assert "trained by gradients" in said("--store", pairs, "--method", "cosface", code=2)
+    dim = open_store(here / pairs).layout.dim
+    words = [save(f"{i}.safetensors", np.eye(dim + 1)[:, :2] + i, space="") for i in (1, 2)]
+    text = said(*words, "--store", pairs, code=2)
+    assert f"{dim + 1} values" in text
+    assert f"latents of {dim}." in text
+    CliRunner().invoke(app, ["encode", "images", "--store", "alone.zarr", "--image-size", "32"])
+    assert "holds no training pairs" in said("--store", "alone.zarr", "--rank", "4", code=2)
