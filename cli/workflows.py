@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,8 +115,12 @@ def run_encode(
         summary = run()
         summary.notes += source.notes
         return summary
+    import distributed  # noqa: F401 (it sets the levels of its loggers when imported)
+
     from latentstore.cluster import connect, describe, on_cluster
 
+    # Its threads may speak up after the cluster is closed; what they mean is raised, in a sentence.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with connect(workers=workers, scheduler=scheduler) as client:
         summary = run(run=on_cluster(client, recipe, threads=threads))
         summary.ran_on = describe(client)

@@ -193,6 +193,7 @@ def connect(*, workers: int | None = None, scheduler: str | None = None) -> Iter
         ) from exc
     if workers is not None:
         with ExitStack() as stack:
+            stack.enter_context(_quiet_client())
             with _interrupts_held():
                 cluster = stack.enter_context(_local(workers))
                 client = stack.enter_context(Client(cluster, set_as_default=False))
@@ -218,14 +219,16 @@ def connect(*, workers: int | None = None, scheduler: str | None = None) -> Iter
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Keep Dask's client from logging the traceback of a lost connection: that is raised, in a sentence."""
-    logger = logging.getLogger("distributed.client")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Keep Dask from logging the tracebacks of lost connections: what they mean is raised, in a sentence."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
