@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import signal
 import sys
@@ -64,6 +65,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (LatentStoreError, SolverError) as exc:
             _fail(str(exc), exc.exit_code)
         except KeyboardInterrupt as exc:
+            # What was under way in other threads is let go; their loops would say so while the process ends.
+            for name in ("asyncio", "distributed"):
+                logging.getLogger(name).setLevel(logging.CRITICAL + 1)
             kept = "Finished shards are kept; run" if command.__name__ in _RESUMED else "Run"
             code = TERMINATED if isinstance(exc, Terminated) else INTERRUPTED
             _fail(f"Stopped. {kept} the same command again to go on.", code)
