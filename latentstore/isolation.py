@@ -8,29 +8,35 @@ in which a process has died, or when it is asked for; passing the pixels on coun
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from latentstore import images
 from latentstore.errors import ImageError, LatentStoreError
 from latentstore.files import partials_below
-from latentstore.sources import Source
+from latentstore.schema import STATUS_CODE
+from latentstore.sources import Source, SourceError
 
+_LONGEST, _LARGEST = 1 << 20, 1 << 30
+"""Bytes of an answer, at most: of its line, and of its pixels."""
 TRIES = 2
 """Processes that an image may take down before it is given up: the first death may have been another's."""
 # Not multiprocessing: it refuses children to the daemonic processes that Dask's workers are.
 _BOOT = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
     "from latentstore.isolation import serve; serve()"
 )
 
@@ -87,21 +93,16 @@ class Isolated:
         for _ in range(TRIES):
             child = self._child()
             try:
-                kind, answer = child.ask((dict(listed), size, max_pixels))
-            except (EOFError, OSError, pickle.UnpicklingError):
+                answer, rgb = child.ask(_question(listed, size, max_pixels))
+                result = _result(answer, rgb, size)
+            except (EOFError, OSError, ValueError, KeyError, TypeError):  # it ended, or talks nonsense
                 self._children.discard(child)
                 how = child.end()
                 continue
             self._idle.append(child)
-            if kind == "pixels":
-                pixels: images.Pixels = answer
-                return pixels
-            if kind == "raised":
-                raise answer
-            status, reason, facts = answer
-            error = ImageError(status, reason)
-            error.facts = facts
-            raise error
+            if isinstance(result, images.Pixels):
+                return result
+            raise result
         killed = ImageError("killed", f"decoding it ended its process ({how})")
         killed.facts = replace(self.source.read(listed), data=b"")
         raise killed
@@ -130,23 +131,36 @@ class _Child:
         )
         try:
             self._send(sys.path)
-            self.ask(source)
-        except (EOFError, OSError) as exc:
+            self.ask(_described(source))
+        except (EOFError, OSError, ValueError) as exc:
             raise IsolationError(
                 f"The process that decodes images apart could not start ({self.end()}); its own message is "
                 "above. Every process must be able to import what the job uses."
             ) from exc
 
-    def ask(self, question: Any) -> Any:
-        """Return the answer to a question.
+    def ask(self, question: Any) -> tuple[dict[str, Any], bytes]:
+        """Return the answer to a question: a line of JSON, and the pixels that follow it.
+
+        Nothing that a child says is unpickled: its decoder may have been taken over by the image.
 
         Raises
         ------
-        EOFError, OSError
-            The process ended before it answered.
+        EOFError, OSError, ValueError
+            The process ended before it answered, or its answer is none.
         """
         self._send(question)
-        return pickle.load(self._process.stdout)  # type: ignore[arg-type]  # noqa: S301 - our own child
+        pipe: Any = self._process.stdout
+        line = pipe.readline(_LONGEST)
+        if not line.endswith(b"\n"):
+            raise EOFError
+        answer: dict[str, Any] = json.loads(line)
+        size = int(answer.get("pixels", 0))
+        if not 0 <= size <= _LARGEST:
+            raise ValueError
+        rgb: bytes = pipe.read(size)
+        if len(rgb) != size:
+            raise EOFError
+        return answer, rgb
 
     def end(self) -> str:
         """Stop the process if it still runs, and say how it ended."""
@@ -162,9 +176,54 @@ class _Child:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def _send(self, question: Any) -> None:
-        pipe = self._process.stdin
-        pickle.dump(question, pipe)  # type: ignore[arg-type]
-        pipe.flush()  # type: ignore[union-attr]
+        pipe: Any = self._process.stdin
+        pipe.write(json.dumps(question).encode() + b"\n")
+        pipe.flush()
+
+
+def _described(source: Source) -> dict[str, Any]:
+    """Return what a source is built from, as JSON types."""
+    values = {f.name: getattr(source, f.name) for f in fields(source) if f.compare}
+    return {
+        "module": type(source).__module__,
+        "name": type(source).__qualname__,
+        "paths": {k: str(v) for k, v in values.items() if isinstance(v, Path)},
+        "values": {k: v for k, v in values.items() if not isinstance(v, Path)},
+    }
+
+
+def _built(described: dict[str, Any]) -> Source:
+    made: type[Source] = getattr(import_module(described["module"]), described["name"])
+    values: dict[str, Any] = {k: Path(v) for k, v in described["paths"].items()}
+    values |= {k: tuple(v) if isinstance(v, list) else v for k, v in described["values"].items()}
+    return made(**values)
+
+
+def _question(listed: Mapping[str, Any], size: int, max_pixels: int) -> dict[str, Any]:
+    raw = listed.get("path_raw")
+    name = None if raw is None else bytes(raw).hex()
+    return {"path": listed["path"], "path_raw": name, "size": size, "max_pixels": max_pixels}
+
+
+def _result(answer: dict[str, Any], rgb: bytes, size: int) -> images.Pixels | Exception:
+    """Return the pixels, or the failure, that a child's answer tells of."""
+    kind = answer["kind"]
+    if kind == "pixels":
+        pixels = np.frombuffer(rgb, np.uint8).reshape(size, size, 3)
+        return images.Pixels(pixels, **answer["facts"])
+    if kind == "bad":
+        error = ImageError(str(answer["status"]), str(answer["reason"]))
+        if error.status not in STATUS_CODE:
+            raise ValueError
+        if answer["facts"] is not None:
+            error.facts = images.FileFacts(b"", **answer["facts"])
+        return error
+    # A failure of the machine: the parent's to judge.
+    if answer["type"] == "SourceError":
+        return SourceError(str(answer["text"]))
+    if answer["errno"] is not None:
+        return OSError(int(answer["errno"]), str(answer["text"]))
+    return RuntimeError(str(answer["text"]))
 
 
 def serve() -> None:
@@ -175,28 +234,33 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        source = pickle.load(questions)  # noqa: S301 - from our own parent
-        answer: Any = ("ready", None)
+        source = _built(json.loads(questions.readline()))
+        answer: dict[str, Any] = {"kind": "ready"}
+        rgb = b""
         while True:
-            answers.write(_packed(answer))
+            answers.write(json.dumps({**answer, "pixels": len(rgb)}).encode() + b"\n" + rgb)
             answers.flush()
-            listed, size, max_pixels = pickle.load(questions)  # noqa: S301
-            answer = _answer(source, listed, size, max_pixels)
-    except (EOFError, BrokenPipeError):
-        os._exit(0)  # the parent has gone, or is done
+            line = questions.readline()
+            if not line:
+                os._exit(0)  # the parent has gone, or is done
+            answer, rgb = _answer(source, json.loads(line))
+    except BrokenPipeError:
+        os._exit(0)
 
 
-def _answer(source: Source, listed: dict[str, Any], size: int, max_pixels: int) -> tuple[str, Any]:
+def _answer(source: Source, question: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    raw = question["path_raw"]
+    listed = {"path": question["path"], "path_raw": None if raw is None else bytes.fromhex(raw)}
     try:
-        return "pixels", source.load(listed, size, max_pixels=max_pixels)
+        found = source.load(listed, question["size"], max_pixels=question["max_pixels"])
+        facts = {k: v for k, v in vars(found).items() if k != "rgb"}
+        return {"kind": "pixels", "facts": facts}, found.rgb.tobytes()
     except ImageError as exc:
-        return "bad", (exc.status, exc.reason, exc.facts)
+        known = exc.facts if isinstance(exc.facts, images.FileFacts) else None
+        file = None if known is None else {k: v for k, v in vars(known).items() if k != "data"}
+        return {"kind": "bad", "status": exc.status, "reason": exc.reason, "facts": file}, b""
     except Exception as exc:  # a failure of the machine: the parent's to judge
-        return "raised", exc
-
-
-def _packed(answer: tuple[str, Any]) -> bytes:
-    try:
-        return pickle.dumps(answer)
-    except Exception:  # pickling may raise anything; its cause must not pass for a crash
-        return pickle.dumps((answer[0], RuntimeError(repr(answer[1]))))
+        code, text = None, str(exc) if isinstance(exc, SourceError) else repr(exc)
+        if isinstance(exc, OSError):
+            code, text = exc.errno, exc.strerror or text
+        return {"kind": "raised", "type": type(exc).__name__, "errno": code, "text": text}, b""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 
@@ -48,7 +47,7 @@ def test_a_store_goes_on_in_its_precision_and_batch(here, tmp_path):
     _, recipe = what_to_encode(here / "images", store, device="cpu")
     assert (recipe["precision"], recipe["batch"], recipe["compiled"]) == ("bf16", 3, False)
     # Workers get the arguments, and build the encoder themselves.
-    assert pickle.loads(pickle.dumps(tuple(sorted(recipe.items())))) == tuple(sorted(recipe.items()))  # noqa: S301
+    assert all(isinstance(value, str | int | bool | None) for value in recipe.values())
     picture(9).save(here / "images" / "9.png")
     summary = run_encode(here / "images", store, device="cpu")
     assert (summary.appended, summary.warnings) == (1, [])

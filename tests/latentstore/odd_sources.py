@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -71,11 +71,11 @@ class Fatal(Source):
     def load(self, listed, size, *, max_pixels=0):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def __reduce__(self):
+    def __getattribute__(self, name):
         workers = sys.modules.get("distributed.worker")
-        if workers is not None and len(workers.Worker._instances):
+        if name == "patterns" and workers is not None and len(workers.Worker._instances):
             os.kill(os.getpid(), signal.SIGKILL)
-        return Fatal, (self.root,)
+        return super().__getattribute__(name)
 
 
 class Silent(Source):
@@ -87,12 +87,12 @@ class Silent(Source):
         raise SourceError("the server does not answer")
 
 
+@dataclass(frozen=True)
 class Unloadable(Source):
     """Cannot be built anew in another process."""
 
-    def __reduce__(self):
-        return _refuse, ()
+    made_in: int = field(default_factory=os.getpid)
 
-
-def _refuse():
-    raise ValueError("not in this process")
+    def __post_init__(self):
+        if self.made_in != os.getpid():
+            raise ValueError("not in this process")
