@@ -20,7 +20,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
 
@@ -194,6 +194,7 @@ def connect(*, workers: int | None = None, scheduler: str | None = None) -> Iter
     if workers is not None:
         with ExitStack() as stack:
             stack.enter_context(_quiet_client())
+            stack.enter_context(_lost_workers_come_back())
             with _interrupts_held():
                 cluster = stack.enter_context(_local(workers))
                 client = stack.enter_context(Client(cluster, set_as_default=False))
@@ -229,6 +230,19 @@ def _quiet_client() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _lost_workers_come_back() -> Iterator[None]:
+    """Keep a local cluster from giving up a worker that is being started anew.
+
+    Dask looks some seconds after a worker's death, and drops its place for good when nobody is in it just
+    then: on a busy machine, or when the next one has died as well.
+    """
+    import dask
+
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day"}):
+        yield
 
 
 @contextmanager
@@ -342,7 +356,7 @@ class _Run:
                 self._fill(todo)
                 if not self.running:
                     break
-                item = self.inbox.get()
+                item = self._next()
                 if isinstance(item, dict):
                     progress.heard(item)
                     continue
@@ -354,6 +368,27 @@ class _Run:
                 self.client.cancel([attempt.future for attempt in self.running.values()])
         self.client.unsubscribe_topic(self.common.topic)
         sweep_partials(self.job.store.root)  # of workers that were lost; all shards are committed now
+
+    def _next(self) -> Any:
+        """Return the next message of the tasks.
+
+        Raises
+        ------
+        ClusterError
+            There has been no worker for ``WAIT_FOR_WORKERS`` seconds.
+        """
+        last = time.monotonic()
+        while True:
+            try:
+                return self.inbox.get(timeout=_LOOK_EVERY)
+            except Empty:
+                if self.client.scheduler_info(n_workers=-1)["workers"]:
+                    last = time.monotonic()
+                elif time.monotonic() - last > WAIT_FOR_WORKERS:
+                    raise ClusterError(
+                        f"The Dask cluster has had no worker for {WAIT_FOR_WORKERS} s. Finished shards are "
+                        "kept: run the same command again when there are workers."
+                    ) from None
 
     def _fill(self, todo: Iterator[int]) -> None:
         """Keep the window full; it follows workers that join or leave."""

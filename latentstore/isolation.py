@@ -234,7 +234,10 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        source = _built(json.loads(questions.readline()))
+        described = questions.readline()
+        if not described:
+            os._exit(0)  # the parent was killed before it asked anything
+        source = _built(json.loads(described))
         answer: dict[str, Any] = {"kind": "ready"}
         rgb = b""
         while True:

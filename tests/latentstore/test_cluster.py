@@ -207,6 +207,22 @@ def test_a_shard_that_kills_also_apart_ends_the_job(tmp_path, client, monkeypatc
     assert run(folder, root, client).counts == {"ok": 10}, "the next run goes on"
 
 
+def test_a_cluster_without_workers_ends_the_job(tmp_path, monkeypatch):
+    """They left, and none came back: the job says so instead of waiting for ever."""
+    from dask.distributed import Client, LocalCluster
+
+    monkeypatch.setattr(cluster, "WAIT_FOR_WORKERS", 1)
+    monkeypatch.setattr(cluster, "_LOOK_EVERY", 0.2)
+    folder = photo_folder(tmp_path / "in", 10)
+    with (
+        LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
+        Client(empty, set_as_default=False) as nobody,
+        pytest.raises(ClusterError, match="no worker for 1 s"),
+    ):
+        run(folder, tmp_path / "s.zarr", nobody)
+    assert open_store(tmp_path / "s.zarr").todo() == [0]
+
+
 def test_unreachable_and_ambiguous_clusters(monkeypatch):
     monkeypatch.setattr(cluster, "WAIT_FOR_SCHEDULER", 2)
     with (
