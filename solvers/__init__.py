@@ -17,26 +17,28 @@ from .closed import (
 )
 from .methods import METHODS, build, get
 from .metrics import average_precision
-from .moments import CovMoments, Moments
+from .moments import Moments
 from .projection import Projection, identity_hash
 from .sgd import CosFace
 from .spectrum import Spectrum, fit_spectrum
+from .sums import PairSums, RowSums
 
 __all__ = [
     "METHODS",
     "Analytic",
     "Centred",
     "CosFace",
-    "CovMoments",
     "Fitted",
     "GeneralisedNull",
     "Identity",
     "Moments",
     "NullSpace",
     "PairData",
+    "PairSums",
     "Pca",
     "Projection",
     "RandomSubspace",
+    "RowSums",
     "Spectrum",
     "average_precision",
     "build",

@@ -52,17 +52,29 @@ def as_like(host_array: np.ndarray, like: Any) -> Any:
 
 def as_rows(x: Any, dim: int, what: str = "rows") -> np.ndarray:
     """Return `x` as finite float64 rows of length `dim` on the host, or say why it cannot be."""
-    rows = to_host(x)
-    if rows.ndim != 2 or rows.shape[1] != dim:
+    return to_host(as_float64(x, dim, what))
+
+
+def as_float64(x: Any, dim: int, what: str = "rows") -> Any:
+    """Return `x` as finite float64 rows of length `dim` in its own library, or say why it cannot be."""
+    x = x if is_array(x) else np.asarray(x)
+    if x.ndim != 2 or x.shape[1] != dim:
         raise SolverUsageError(
-            f"A block of {what} must have the shape (rows, {dim}), not {rows.shape}. "
+            f"A block of {what} must have the shape (rows, {dim}), not {tuple(x.shape)}. "
             "Pass latents of one encoder, one row per image."
         )
-    rows = rows.astype(np.float64, copy=False)
-    if not np.isfinite(rows).all():
-        bad = int(np.count_nonzero(~np.isfinite(rows).all(axis=1)))
+    xp = namespace(x)
+    rows = xp.astype(x, xp.float64, copy=False)
+    finite = xp.all(xp.isfinite(rows), axis=1)
+    if not bool(xp.all(finite)):
+        bad = int(xp.sum(xp.astype(~finite, xp.int64)))
         raise SolverUsageError(
-            f"{bad} of {len(rows)} {what} hold values that are not finite. "
+            f"{bad} of {rows.shape[0]} {what} hold values that are not finite. "
             "Leave such rows out: a single one would spoil every sum."
         )
     return rows
+
+
+def is_array(x: Any) -> bool:
+    """Tell whether `x` is an array of a supported library."""
+    return bool(array_api_compat.is_array_api_obj(x))

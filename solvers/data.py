@@ -9,14 +9,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from .arrays import as_rows
+from .arrays import as_float64, as_rows, namespace
 from .errors import NoPairsError, SolverUsageError
+from .linalg import eigh, on_host, qr
+from .moments import Moments, products_for
 from .rank import Cutoff, rank_cutoff
-from .spectrum import Spectrum, check_count, fit_spectrum
+from .spectrum import ROUGH_ROWS, Spectrum, check_count, collect, fit_spectrum, sums_spectrum
+from .sums import RowSums
 
 
 def _nothing() -> tuple[()]:
     return ()
+
+
+def _none() -> None:
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +40,17 @@ class PairData:
         Machine epsilon of the dtype the latents were stored in; None when they were never rounded
         (or are stored in float64), so that arithmetic alone sets the rank cutoff.
     pairs_source
-        Gives (origins, translations) blocks.
+        Gives blocks of pairs: (origins, translations) row by row, or (origins, translations, of) with each
+        origin once and `of` the index of every translation's.
     origins_source
         Gives blocks of the origins used for fitting, each origin once.
     gallery_source
         Gives blocks of unlabelled rows of the collection.
+    moments_source
+        Gives moments of these very pairs that were summed elsewhere (kept parts, a cluster), or None where
+        there are none; they are then summed here, once for all methods.
+    gallery_sums_source
+        The same for the gallery's sums.
     """
 
     dim: int
@@ -45,13 +58,16 @@ class PairData:
     n_origins: int
     n_gallery: int
     stored_eps: float | None
-    pairs_source: Callable[[], Iterable[tuple[Any, Any]]] = _nothing
+    pairs_source: Callable[[], Iterable[tuple[Any, ...]]] = _nothing
     origins_source: Callable[[], Iterable[Any]] = _nothing
     gallery_source: Callable[[], Iterable[Any]] = _nothing
+    moments_source: Callable[[], Moments | None] = _none
+    gallery_sums_source: Callable[[], RowSums | None] = _none
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
-        """Iterate over blocks of pairs."""
-        return iter(self.pairs_source())
+        """Iterate over blocks of pairs, row i of both belonging together."""
+        for origins, translations, *of in self.pairs_source():
+            yield (origins[of[0]] if of else origins), translations
 
     def origins(self) -> Iterator[Any]:
         """Iterate over blocks of origins."""
@@ -69,7 +85,35 @@ class PairData:
                 "This method reads the collection's covariance, and there are 0 rows in it. "
                 "Encode the collection first, or pass gallery rows."
             )
-        return fit_spectrum(self.gallery(), self.dim, self.n_gallery)
+        sums = self.gallery_sums_source()
+        if sums is not None:
+            return sums_spectrum(sums)
+        return fit_spectrum(self.gallery(), self.dim, self.n_gallery, precision=products_for(self.stored_eps))
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Sums over the pairs and their origins, made in one pass and shared by every method.
+
+        With fewer origins and translations together than dimensions, the sums are of coordinates in the
+        span of all of them (`Moments.basis`): no covariance reaches outside it.
+        """
+        self.require_pairs("moments")
+        found = self.moments_source()
+        if found is not None:
+            return found
+        return _span(self) if self.n_origins + self.n_pairs < self.dim else _summed(self)
+
+    @cached_property
+    def second_t(self) -> tuple[Any, Any]:
+        """Eigenvalues, descending, and eigenvectors of E[t t^T] in the coordinates of `moments`."""
+        values, vectors = eigh(self.moments.pairs.second_t)
+        xp = namespace(values)
+        return xp.clip(values, min=0.0), vectors
+
+    def check_counts(self, moments: Moments) -> None:
+        """Raise `SolverUsageError` unless moments hold as many pairs and origins as announced here."""
+        check_count(moments.pairs.n, self.n_pairs, "pairs")
+        check_count(moments.origins.n, self.n_origins, "origins")
 
     def require_pairs(self, method: str) -> None:
         """Raise `NoPairsError` when there is nothing for `method` to learn from."""
@@ -130,28 +174,71 @@ class PairData:
         )
 
 
-def differences(data: PairData) -> Iterator[tuple[np.ndarray, float]]:
+def differences(data: PairData) -> Iterator[tuple[Any, float]]:
     """Yield float64 blocks of t = g - o, and with each the sum of squares of the latents it came from.
 
     The difference is formed before any product, and rounding is relative to the latents, not to t.
     """
     seen = 0
     for o_block, g_block in data.pairs():
-        o, g = as_rows(o_block, data.dim, "origins"), as_rows(g_block, data.dim, "translations")
+        o, g = as_float64(o_block, data.dim, "origins"), as_float64(g_block, data.dim, "translations")
         if len(o) != len(g):
             raise SolverUsageError(
                 f"A block of pairs needs as many origins as translations; got {len(o)} and {len(g)}. "
                 "Repeat an origin for each of its translations."
             )
         seen += len(o)
-        yield g - o, float(np.einsum("ij,ij->", o, o) + np.einsum("ij,ij->", g, g))
+        yield g - o, float((o * o).sum() + (g * g).sum())
     check_count(seen, data.n_pairs, "pairs")
 
 
-def difference_cutoff(data: PairData, sigma_max: float, squares: float) -> Cutoff:
-    """Cutoff for the singular values of T, read off its Gram; `squares` is summed by `differences`."""
-    rms = float(np.sqrt(squares / (2 * data.n_pairs * data.dim)))
-    return rank_cutoff(sigma_max, data.n_pairs, data.dim, gram=True, stored_eps=data.stored_eps, rms=rms)
+def difference_cutoff(
+    data: PairData, sigma_max: float, squares: float, *, gram: bool = True, noise: float = 0.0
+) -> Cutoff:
+    """Cutoff for the singular values of T; `squares` is that of all latents behind it."""
+    rms = float(np.sqrt(max(squares, 0.0) / (2 * data.n_pairs * data.dim)))
+    return rank_cutoff(
+        sigma_max,
+        data.n_pairs,
+        data.dim,
+        gram=gram,
+        stored_eps=data.stored_eps,
+        rms=rms,
+        tile_noise=noise,
+    )
+
+
+def _summed(data: PairData) -> Moments:
+    """Stream the moments of all pairs in the blocks' own library, and of their origins, each once."""
+    moments: Moments | None = None
+    for origins, translations, *of in data.pairs_source():
+        if moments is None:
+            like = None if on_host(origins) else origins
+            shift = as_rows(origins[:ROUGH_ROWS], data.dim, "origins").mean(axis=0)
+            moments = Moments(data.dim, shift=shift, precision=products_for(data.stored_eps), like=like)
+        moments.pairs.update(origins, translations, *of)
+    if moments is None:
+        raise SolverUsageError(f"{data.n_pairs} pairs were announced, but there are no blocks of them.")
+    for block in data.origins():
+        moments.origins.update(block)
+    data.check_counts(moments)
+    return moments
+
+
+def _span(data: PairData) -> Moments:
+    """Sum the coordinates of all rows in an orthonormal basis of their span, in float64."""
+    origins = collect(data.origins(), data.dim, data.n_origins, "origins")
+    pairs = [
+        (as_float64(o, data.dim, "origins"), as_float64(g, data.dim, "translations")) for o, g in data.pairs()
+    ]
+    basis = qr(namespace(origins).concat([origins, *(g for _, g in pairs)]).T)[0]
+    like = None if on_host(basis) else basis
+    moments = Moments(basis.shape[1], basis=basis, shift=origins.mean(axis=0) @ basis, like=like)
+    for o, g in pairs:
+        moments.pairs.update(o @ basis, g @ basis)
+    moments.origins.update(origins @ basis)
+    data.check_counts(moments)
+    return moments
 
 
 def dtype_eps(array: Any) -> float | None:

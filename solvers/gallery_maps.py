@@ -10,9 +10,10 @@ import numpy as np
 from .data import PairData
 from .errors import SolverUsageError
 from .fitted import Fitted, make_report
+from .linalg import fix_signs, orthonormalise
 from .projection import SCORES
 from .rank import check_rank
-from .spectrum import Spectrum, fix_signs, orthonormalise
+from .spectrum import Spectrum
 
 ENERGY_FLOOR = 1e-4  # of the largest eigenvalue: a covariance estimated from few rows knows no less
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-import scipy.linalg
 
-from .data import PairData, difference_cutoff, differences
+from .arrays import namespace, to_host
+from .data import PairData, difference_cutoff
 from .errors import SolverUsageError
 from .fitted import Fitted, make_report
 from .gallery_maps import Capabilities
-from .rank import EPS64, check_rank
-from .spectrum import centred_gram, collect, fix_signs
+from .linalg import eigh, fix_signs
+from .rank import EPS64, check_rank, tile_noise
 
 
 @dataclass(frozen=True)
@@ -56,70 +56,81 @@ class GeneralisedNull(Capabilities):
         return fit_path(data, [self.lam], self.rank)[0]
 
 
-@dataclass(frozen=True, eq=False)
-class _Reduced:
-    """The pair of covariances in the eigenbasis of S_t: everything that does not depend on lam."""
-
-    basis: np.ndarray  # (d, k) orthonormal eigenvectors of S_t inside the working space
-    tau: np.ndarray  # (k,) eigenvalues of S_t
-    cov_o: np.ndarray  # (k, k)
-    mean: np.ndarray  # (d,)
-    squares: float  # of the latents behind the differences, for the rank cutoff
-    path: str
-
-
 def fit_path(data: PairData, lams: Sequence[float], rank: int) -> list[Fitted]:
     """Fit `GeneralisedNull` for many ridges: the data are read once, the covariances reduced once."""
     methods = [GeneralisedNull(rank, lam) for lam in lams]
     data.require_pairs(GeneralisedNull.name)
     check_rank(rank, data.dim)
-    reduced = _span(data) if data.n_origins + data.n_pairs < data.dim else _primal(data)
-    if not reduced.tau[-1] > 0:
+    basis, tau = difference_basis(data)
+    rotated = basis.T @ data.moments.origins.cov @ basis
+    return [_solve(data, basis, tau, rotated, method) for method in methods]
+
+
+def difference_basis(data: PairData) -> tuple[Any, Any]:
+    """Return the eigenvectors (k, k) of E[t t^T] and its eigenvalues (k,), descending.
+
+    Raises
+    ------
+    SolverUsageError
+        All differences are zero.
+    """
+    tau, basis = data.second_t
+    if not float(tau[0]) > 0:
         raise SolverUsageError(
             f"All {data.n_pairs} differences are zero (largest variance 0): every translation equals its "
             "origin. "
             "Check that translations are paired with origins, not with themselves."
         )
-    return [_solve(data, reduced, method) for method in methods]
+    return basis, tau
 
 
-def _solve(data: PairData, reduced: _Reduced, method: GeneralisedNull) -> Fitted:
-    # Units of the mean over all d dimensions, whichever space the problem was reduced to.
-    ridge = method.lam * float(reduced.tau.sum()) / data.dim
-    whiten = 1.0 / np.sqrt(reduced.tau + ridge)
-    k = len(whiten)
-    top = min(method.rank, k)
-    values, vectors = scipy.linalg.eigh(
-        reduced.cov_o * np.outer(whiten, whiten), subset_by_index=[k - top, k - 1], driver="evr"
-    )
-    values, vectors = values[::-1], vectors[:, ::-1]
-    keep = values > max(data.n_origins, k) * EPS64 * values[0]
-    if not keep.any():
+def ridge(lam: float, values: Any, full_dim: int) -> float:
+    """Return lam in units of the mean diagonal over all dimensions, whichever space was reduced to."""
+    xp = namespace(values)
+    return lam * float(xp.sum(values)) / full_dim
+
+
+def pencil(rotated: Any, weights: Any, top: int) -> tuple[Any, Any]:
+    """Solve A v = theta diag(weights) v: the `top` largest theta, descending, and V with V^T diag V = I."""
+    whiten = weights**-0.5
+    values, vectors = eigh(rotated * whiten[:, None] * whiten[None, :], top)
+    return values, whiten[:, None] * vectors
+
+
+def _solve(data: PairData, basis: Any, tau: Any, rotated: Any, method: GeneralisedNull) -> Fitted:
+    moments = data.moments
+    found, vectors = pencil(rotated, tau + ridge(method.lam, tau, moments.full_dim), method.rank)
+    values = to_host(found)
+    kept = int(np.count_nonzero(values > max(data.n_origins, len(tau)) * EPS64 * values[0]))
+    if not kept or not values[0] > 0:
         raise SolverUsageError(
             f"The {data.n_origins} origins do not vary (rank 0, at least 1 needed). Use more, and "
             "different, origins."
         )
-    values, vectors = values[keep], vectors[:, keep]
-    W = fix_signs(reduced.basis @ (whiten[:, None] * vectors))
+    W = to_host(fix_signs(moments.lift(basis @ vectors[:, :kept])))
+    text = f"{kept} directions, by origin variance per translation variance."
+    if kept < method.rank:
+        text += f" Rank {method.rank} was asked for; no more of them carry origin variance."
+    report = difference_report(data, text, requested_rank=method.rank, effective_rank=kept)
     return Fitted(
         W,
         W,
-        reduced.mean,
+        to_host(moments.lift_row(moments.origins.mean)),
         "cosine",
-        values,
+        values[:kept],
         method.name,
         {"rank": method.rank, "lam": method.lam},
-        report=_report(data, reduced, method.rank, len(values)),
+        report=report,
     )
 
 
-def _report(data: PairData, reduced: _Reduced, asked: int, kept: int) -> dict[str, object]:
-    n, d = data.n_pairs, data.dim
-    sigma = np.sqrt(np.clip(reduced.tau[::-1] * n, 0.0, None))[: min(n, d)]
-    cutoff = difference_cutoff(data, float(sigma[0]), reduced.squares)
-    text = f"{kept} directions, by origin variance per translation variance."
-    if kept < asked:
-        text += f" Rank {asked} was asked for; no more of them carry origin variance."
+def difference_report(data: PairData, statement: str, **known: Any) -> dict[str, Any]:
+    """Return the account of a fit on pairs: T's numerical rank and extremes beside the method's own facts."""
+    n, d, moments = data.n_pairs, data.dim, data.moments
+    sigma = np.sqrt(to_host(data.second_t[0]) * n)[: min(n, d)]
+    diagonal = to_host(namespace(moments.pairs.tt).linalg.diagonal(moments.pairs.tt))
+    noise = tile_noise(diagonal) if moments.precision == "float32" else 0.0
+    cutoff = difference_cutoff(data, float(sigma[0]), moments.pairs.squares, noise=noise)
     return make_report(
         numerical_rank=int(np.count_nonzero(sigma > cutoff.value)),
         cutoff=cutoff.value,
@@ -127,35 +138,7 @@ def _report(data: PairData, reduced: _Reduced, asked: int, kept: int) -> dict[st
         sigma_max=float(sigma[0]),
         sigma_min=float(sigma[-1]),
         n_pairs=n,
-        path=reduced.path,
-        statement=text,
-        requested_rank=asked,
-        effective_rank=kept,
+        path="primal" if moments.basis is None else "span",
+        statement=statement,
+        **known,
     )
-
-
-def _primal(data: PairData) -> _Reduced:
-    gram = np.zeros((data.dim, data.dim))
-    squares = 0.0
-    for t, energy in differences(data):
-        gram += t.T @ t
-        squares += energy
-    tau, basis = np.linalg.eigh(gram / data.n_pairs)
-    mean, scatter = centred_gram(data.origins(), data.dim, data.n_origins, "origins")
-    cov_o = basis.T @ (scatter / data.n_origins) @ basis
-    return _Reduced(basis, np.clip(tau, 0.0, None), (cov_o + cov_o.T) / 2, mean, squares, "primal")
-
-
-def _span(data: PairData) -> _Reduced:
-    origins = collect(data.origins(), data.dim, data.n_origins, "origins")
-    mean = origins.mean(axis=0)
-    origins -= mean
-    parts = list(differences(data))
-    T = np.concatenate([t for t, _ in parts])
-    squares = sum(energy for _, energy in parts)
-    basis = np.linalg.qr(np.concatenate([origins, T]).T)[0]
-    inside = T @ basis
-    tau, rotation = np.linalg.eigh(inside.T @ inside / data.n_pairs)
-    basis = basis @ rotation
-    inside = origins @ basis
-    return _Reduced(basis, np.clip(tau, 0.0, None), inside.T @ inside / data.n_origins, mean, squares, "span")

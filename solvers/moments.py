@@ -1,212 +1,145 @@
-"""Streamed second moments in float64: what a closed form needs to know of the data."""
+"""Streamed second moments: what every closed form needs to know of the data, from one pass over it.
+
+Three kinds of sums (DESIGN: Moments). :class:`RowSums` of unlabelled rows; :class:`PairSums` of pairs of an
+origin o and its translation g, with the difference t = g - o formed *before* any product, since differences
+taken of finished sums would cancel exactly the small directions that the null space is about; and
+:class:`Moments`, pairs together with their origins counted once each. All live in the library of the arrays
+they are fed (NumPy, CuPy, torch), are added up in float64, merge in any order, and are saved packed.
+"""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-import numpy as np
+from .errors import SolverUsageError
+from .files import read_safetensors, write_safetensors
+from .sums import TILE, PairSums, Precision, RowSums
 
-from .arrays import as_rows
-from .errors import ProjectionFormatError, SolverUsageError, SolverWriteError
+_FORMAT = "solvers.moments"
+
+
+def products_for(stored_eps: float | None) -> Precision:
+    """Return in which precision tiles are multiplied, from the machine epsilon of the stored latents.
+
+    Latents stored in half precision carry more rounding than float32 tiles add; others do not.
+    """
+    return "float32" if stored_eps is not None and stored_eps > 2.0**-20 else "float64"
 
 
 class Moments:
-    """Running sums over pairs (origin o, translation g), O(dim^2) memory, independent of the row count.
+    """Sums over pairs, and over their origins with each counted once: what the pair methods fit on.
 
-    The difference t = g - o is formed before its product: Sum(tt) from the other sums would cancel
-    exactly the small directions that the null space is about.
-
-    Parameters
-    ----------
-    dim
-        Length of a latent. Four dim x dim float64 matrices are held.
-
-    Attributes
-    ----------
-    n
-        Number of pairs.
-    sum_o, sum_g
-        Sums of the rows, (dim,).
-    oo, gg, og, tt
-        Sums of the outer products, (dim, dim); og has o along its rows.
-    """
-
-    _fields = ("sum_o", "sum_g", "oo", "gg", "og", "tt")
-
-    def __init__(self, dim: int) -> None:
-        self.dim = _checked_dim(dim)
-        self.n = 0
-        self.sum_o, self.sum_g = np.zeros(dim), np.zeros(dim)
-        self.oo, self.gg, self.og, self.tt = (np.zeros((dim, dim)) for _ in range(4))
-
-    def update(self, o_block: Any, g_block: Any) -> None:
-        """Add a block of pairs; row i of both belongs together."""
-        o, g = as_rows(o_block, self.dim, "origins"), as_rows(g_block, self.dim, "translations")
-        if len(o) != len(g):
-            raise SolverUsageError(
-                f"A block of pairs needs as many origins as translations; got {len(o)} and {len(g)}. "
-                "Pass the origin of every translation, repeated where it has several."
-            )
-        t = g - o
-        self.n += len(o)
-        self.sum_o += o.sum(axis=0)
-        self.sum_g += g.sum(axis=0)
-        self.oo += o.T @ o
-        self.gg += g.T @ g
-        self.og += o.T @ g
-        self.tt += t.T @ t
-
-    def merge(self, other: Moments) -> None:
-        """Add the sums of another part."""
-        _same_dim(self.dim, other.dim)
-        self.n += other.n
-        for name in self._fields:
-            getattr(self, name).__iadd__(getattr(other, name))
-
-    @property
-    def mean_o(self) -> np.ndarray:
-        """Mean of the origins, (dim,)."""
-        return self.sum_o / _some(self.n)
-
-    @property
-    def mean_g(self) -> np.ndarray:
-        """Mean of the translations, (dim,)."""
-        return self.sum_g / _some(self.n)
-
-    @property
-    def cov_o(self) -> np.ndarray:
-        """Centred covariance of the origins (divided by n), (dim, dim)."""
-        return self.oo / _some(self.n) - np.outer(self.mean_o, self.mean_o)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sums to a safetensors file, atomically."""
-        tensors = {name: getattr(self, name) for name in self._fields}
-        tensors["n"] = np.array([self.n], dtype=np.int64)
-        write_safetensors(path, tensors, {"format": "solvers.moments", "version": "1"})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read sums written by `save`."""
-        tensors, _ = read_safetensors(path, "solvers.moments")
-        moments = cls(len(tensors["sum_o"]))
-        moments.n = int(tensors["n"][0])
-        for name in cls._fields:
-            setattr(moments, name, tensors[name])
-        return moments
-
-
-class CovMoments:
-    """Running sum and outer product of unlabelled rows, in float64.
+    Memory: four dim x dim float64 matrices (d = 4,096: 0.5 GB), whatever the number of rows.
 
     Parameters
     ----------
     dim
         Length of a row.
+    shift, precision, like
+        As for :class:`RowSums`.
+    basis
+        (full_dim, dim) orthonormal, when the rows are coordinates in a subspace that holds all of them.
 
     Attributes
     ----------
-    n, sum, xx
-        Row count, sum (dim,), sum of outer products (dim, dim).
+    pairs
+        :class:`PairSums`.
+    origins
+        :class:`RowSums`.
     """
 
-    def __init__(self, dim: int) -> None:
-        self.dim = _checked_dim(dim)
-        self.n = 0
-        self.sum = np.zeros(dim)
-        self.xx = np.zeros((dim, dim))
+    def __init__(
+        self,
+        dim: int,
+        *,
+        shift: Any = None,
+        precision: Precision = "float64",
+        like: Any = None,
+        basis: Any = None,
+    ) -> None:
+        self.pairs = PairSums(dim, shift=shift, precision=precision, like=like)
+        self.origins = RowSums(dim, shift=shift, precision=precision, like=like)
+        self.basis = basis
 
-    def update(self, block: Any) -> None:
-        """Add a block of rows."""
-        x = as_rows(block, self.dim)
-        self.n += len(x)
-        self.sum += x.sum(axis=0)
-        self.xx += x.T @ x
+    @property
+    def dim(self) -> int:
+        """Length of a row as it is summed."""
+        return self.pairs.dim
 
-    def merge(self, other: CovMoments) -> None:
+    @property
+    def full_dim(self) -> int:
+        """Length of a latent: what "mean diagonal" is taken over."""
+        return self.dim if self.basis is None else int(self.basis.shape[0])
+
+    @property
+    def precision(self) -> Precision:
+        """In which tiles are multiplied."""
+        return self.pairs.precision
+
+    def update(self, origins: Any, translations: Any, of: Any = None) -> None:
+        """Add all pairs of some origins: each origin counts once, each pair once.
+
+        See :meth:`PairSums.update`; an origin whose translations come in several blocks would count in each.
+        """
+        self.pairs.update(origins, translations, of)
+        self.origins.update(origins)
+
+    def merge(self, other: Moments) -> None:
         """Add the sums of another part."""
-        _same_dim(self.dim, other.dim)
-        self.n += other.n
-        self.sum += other.sum
-        self.xx += other.xx
+        self.pairs.merge(other.pairs)
+        self.origins.merge(other.origins)
 
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean of the rows, (dim,)."""
-        return self.sum / _some(self.n)
+    def lift(self, vectors: Any) -> Any:
+        """Bring (dim, m) columns back to latents, (full_dim, m)."""
+        return vectors if self.basis is None else self.basis @ vectors
 
-    @property
-    def cov(self) -> np.ndarray:
-        """Centred covariance (divided by n), (dim, dim)."""
-        return self.xx / _some(self.n) - np.outer(self.mean, self.mean)
+    def lift_row(self, row: Any) -> Any:
+        """Bring a (dim,) row, a mean say, back to latents."""
+        return row if self.basis is None else self.basis @ row
 
+    def save(self, path: str | os.PathLike[str], facts: Mapping[str, str] | None = None) -> None:
+        """Write the sums to a safetensors file, atomically, with facts to compare when it is read."""
+        if self.basis is not None:
+            raise SolverUsageError(
+                f"Sums of {self.dim} coordinates of {self.full_dim} are not saved: make them again."
+            )
+        tensors = {**self.pairs.tensors("pairs."), **self.origins.tensors("origins.")}
+        info = {**(facts or {}), "format": _FORMAT, "version": "2", "precision": self.precision}
+        write_safetensors(path, tensors, info)
 
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: dict[str, np.ndarray], metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file beside its place and rename it, so that a reader never sees half a file."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> tuple[Self, dict[str, str]]:
+        """Read sums written by `save`, and their facts.
 
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        # The library makes files that their owner alone can read; keep the mode of the user's umask.
-        part.touch()
-        mode = part.stat().st_mode
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, part, metadata=metadata)
-        part.chmod(mode)
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        part.replace(target)
-    except SafetensorError as error:
-        # The library wraps what the disk said; the disk being full is the usual reason.
-        raise SolverWriteError(
-            f"{path} could not be written ({error}). Is the disk full? Make room and run the same again; "
-            "nothing was changed."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+        Raises
+        ------
+        ProjectionFormatError
+            The file is none of these, damaged, or of an older version.
+        """
+        tensors, facts = read_safetensors(path, _FORMAT, version="2")
+        precision: Precision = "float32" if facts["precision"] == "float32" else "float64"
+        made = cls.__new__(cls)
+        made.pairs = PairSums.of(tensors, precision, "pairs.")
+        made.origins = RowSums.of(tensors, precision, "origins.")
+        made.basis = None
+        return made, facts
 
 
-def read_safetensors(
-    path: str | os.PathLike[str], expected: str
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a safetensors file whose metadata names the format `expected`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("format") != expected:
-                raise ProjectionFormatError(
-                    f"{path} is not a {expected} file: its format is {metadata.get('format', 'unnamed')!r}. "
-                    "Pass a file that was written by this package."
-                )
-            return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
-    except SafetensorError as error:
-        raise ProjectionFormatError(
-            f"{path} cannot be read as safetensors ({error}). The file is damaged or of another kind; "
-            "write it again."
-        ) from error
+def merged(parts: Iterable[Moments]) -> Moments:
+    """Merge parts pairwise, as a tree of fixed shape: one sum whoever made the parts. They are used up."""
+    found = list(parts)
+    if not found:
+        raise SolverUsageError("There are no parts to merge (0, at least 1 needed).")
+    while len(found) > 1:
+        for left, right in zip(found[::2], found[1::2], strict=False):
+            left.merge(right)
+        found = found[::2]
+    return found[0]
 
 
-def _checked_dim(dim: int) -> int:
-    if dim < 1:
-        raise SolverUsageError(f"The dimension of a latent must be at least 1, not {dim}.")
-    return int(dim)
-
-
-def _same_dim(mine: int, other: int) -> None:
-    if mine != other:
-        raise SolverUsageError(
-            f"Moments of dimension {mine} cannot be merged with moments of dimension {other}. "
-            "Merge parts of one encoder only."
-        )
-
-
-def _some(n: int) -> int:
-    if n < 1:
-        raise SolverUsageError("There are no rows yet (0, at least 1 needed). Call update first.")
-    return n
+def bytes_needed(dim: int, *, models: int = 1, parts: int = 1) -> tuple[int, int]:
+    """Return the bytes that a pass holds in memory (one part, one model), and that its parts take on disk."""
+    square, packed = 8 * dim * dim, 4 * dim * (dim + 1)
+    return 4 * square + 8 * TILE * dim * 4, parts * models * (3 * packed + square)

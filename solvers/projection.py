@@ -15,7 +15,7 @@ import numpy as np
 
 from .arrays import as_like, namespace
 from .errors import ProjectionFormatError, SolverUsageError, SpaceError
-from .moments import read_safetensors, write_safetensors
+from .files import read_safetensors, write_safetensors
 from .rank import check_rank
 
 SCORES = ("cosine", "bias")

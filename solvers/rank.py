@@ -10,6 +10,7 @@ import numpy as np
 from .errors import SolverUsageError
 
 EPS64 = float(np.finfo(np.float64).eps)
+EPS32 = float(np.finfo(np.float32).eps)
 _STORED = {
     float(np.finfo(np.float16).eps): "float16 storage",
     float(np.finfo(np.float32).eps): "float32 storage",
@@ -26,14 +27,21 @@ class Cutoff:
 
 
 def rank_cutoff(
-    sigma_max: float, n: int, d: int, *, gram: bool, stored_eps: float | None = None, rms: float = 0.0
+    sigma_max: float,
+    n: int,
+    d: int,
+    *,
+    gram: bool,
+    stored_eps: float | None = None,
+    rms: float = 0.0,
+    tile_noise: float = 0.0,
 ) -> Cutoff:
     """Return the largest singular value of an n x d matrix that still counts as zero.
 
     The larger of two floors. Arithmetic: max(n, d) * eps64 * sigma_max, whose analogue on the Gram path
     is sqrt(max(n, d) * eps64) * sigma_max, because the Gram squares the condition number. Storage:
     sqrt(2 max(n, d)) * stored_eps * rms, the size of the rounding noise that two stored latents leave in
-    their difference.
+    their difference. A Gram of float32 tiles has a third: see `tile_noise`.
 
     Parameters
     ----------
@@ -47,18 +55,32 @@ def rank_cutoff(
         Machine epsilon of the dtype the latents were stored in; None for no storage floor.
     rms
         Root mean square of the stored, uncentred latents: rounding is relative to them, not to T.
+    tile_noise
+        From :func:`tile_noise` where the Gram is a sum of float32 products.
     """
     size = max(n, d)
     if gram:
         arithmetic, name = math.sqrt(size * EPS64) * sigma_max, "float64 arithmetic (Gram)"
     else:
         arithmetic, name = size * EPS64 * sigma_max, "float64 arithmetic"
+    if gram and tile_noise > arithmetic:
+        arithmetic, name = tile_noise, "float32 products (Gram)"
     if stored_eps is None:
         return Cutoff(arithmetic, name)
     storage = math.sqrt(2.0 * size) * stored_eps * rms
     if storage > arithmetic:
         return Cutoff(storage, _STORED.get(stored_eps, f"storage with eps {stored_eps:g}"))
     return Cutoff(arithmetic, name)
+
+
+def tile_noise(diagonal: np.ndarray) -> float:
+    """Return the singular values that rounding in float32 tiles leaves in a Gram matrix.
+
+    An entry's error is of the size of eps32 / 2 * sqrt(g_ii g_jj) with random signs, and a d x d matrix of
+    such has the norm 2 sqrt(d) times that; the root turns it into singular values.
+    """
+    top = float(diagonal.max(initial=0.0))
+    return math.sqrt(max(0.0, math.sqrt(len(diagonal)) * EPS32 * top))
 
 
 def check_rank(rank: int, dim: int) -> int:

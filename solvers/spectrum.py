@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import as_rows
+from .arrays import as_float64, as_rows, namespace, to_host
 from .errors import SolverUsageError
-from .rank import rank_cutoff
+from .linalg import eigh, fix_signs, on_host, orthonormalise
+from .rank import rank_cutoff, tile_noise
+from .sums import Precision, RowSums
+
+ROUGH_ROWS = 256
+"""Rows whose mean is near enough to the whole's to be a shift."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,33 +53,11 @@ class Spectrum:
         return float(self.values.sum())
 
 
-def fix_signs(vectors: np.ndarray) -> np.ndarray:
-    """Flip columns so that the entry of largest magnitude is positive: one answer for every LAPACK."""
-    if vectors.shape[1] == 0:
-        return vectors
-    pivots = vectors[np.argmax(np.abs(vectors), axis=0), np.arange(vectors.shape[1])]
-    return vectors * np.where(pivots < 0, -1.0, 1.0)
-
-
-def orthonormalise(vectors: np.ndarray) -> np.ndarray:
-    """Orthonormal columns of the same nested spans, keeping each column's direction."""
-    if vectors.shape[1] == 0:
-        return vectors
-    q, r = np.linalg.qr(vectors)
-    return np.asarray(q * np.where(np.diagonal(r) < 0, -1.0, 1.0))
-
-
-def collect(blocks: Iterable[Any], dim: int, n: int, what: str = "rows") -> np.ndarray:
-    """Stack blocks into (n, dim) float64 rows, refusing a different count."""
-    rows = np.empty((n, dim))
-    at = 0
-    for block in blocks:
-        x = as_rows(block, dim, what)
-        if at + len(x) <= n:
-            rows[at : at + len(x)] = x
-        at += len(x)
-    check_count(at, n, what)
-    return rows
+def collect(blocks: Iterable[Any], dim: int, n: int, what: str = "rows") -> Any:
+    """Stack blocks into (n, dim) float64 rows of their library, refusing a different count."""
+    rows = [as_float64(block, dim, what) for block in blocks]
+    check_count(sum(len(x) for x in rows), n, what)
+    return namespace(*rows).concat(rows)
 
 
 def check_count(seen: int, announced: int, what: str = "rows") -> None:
@@ -86,41 +69,34 @@ def check_count(seen: int, announced: int, what: str = "rows") -> None:
         )
 
 
-def centred_gram(
-    blocks: Iterable[Any], dim: int, n: int, what: str = "rows"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Stream the mean and the centred scatter matrix (not divided by n).
-
-    Sums are taken about the first block's mean, since the raw second moment of rows that lie far from
-    zero would lose the digits that the variance needs.
-    """
-    shift: np.ndarray | None = None
-    total, scatter = np.zeros(dim), np.zeros((dim, dim))
+def row_sums(
+    blocks: Iterable[Any], dim: int, n: int, what: str = "rows", *, precision: Precision = "float64"
+) -> RowSums:
+    """Stream sums about the first block's mean, in the blocks' own library."""
+    sums: RowSums | None = None
     seen = 0
     for block in blocks:
-        x = as_rows(block, dim, what)
-        if len(x) == 0:
+        if len(block) == 0:
             continue
-        if shift is None:
-            shift = x.mean(axis=0)
-        x = x - shift
-        seen += len(x)
-        total += x.sum(axis=0)
-        scatter += x.T @ x
+        if sums is None:
+            like = None if on_host(block) else block
+            shift = as_rows(block[:ROUGH_ROWS], dim, what).mean(axis=0)
+            sums = RowSums(dim, shift=shift, precision=precision, like=like)
+        sums.update(block)
+        seen += len(block)
     check_count(seen, n, what)
-    if shift is None:
+    if sums is None:
         raise SolverUsageError(f"There are no {what} (0, at least 1 needed). Check the selection of rows.")
-    offset = total / seen
-    return shift + offset, scatter - seen * np.outer(offset, offset)
+    return sums
 
 
-def dual_gram(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def dual_gram(rows: Any) -> tuple[Any, Any]:
     """All n singular values (descending) and left singular vectors of n < d rows, by the n x n Gram."""
-    values, left = np.linalg.eigh(rows @ rows.T)
-    return np.sqrt(np.clip(values[::-1], 0.0, None)), left[:, ::-1]
+    values, left = eigh(rows @ rows.T)
+    return namespace(values).clip(values, min=0.0) ** 0.5, left
 
 
-def dual_vectors(rows: np.ndarray, sigma: np.ndarray, left: np.ndarray) -> np.ndarray:
+def dual_vectors(rows: Any, sigma: Any, left: Any) -> Any:
     """Right singular vectors for the given values, (d, len(sigma)).
 
     Each loses digits as its value shrinks, so they are made orthonormal again.
@@ -128,11 +104,13 @@ def dual_vectors(rows: np.ndarray, sigma: np.ndarray, left: np.ndarray) -> np.nd
     return orthonormalise((rows.T @ left) / sigma)
 
 
-def fit_spectrum(blocks: Iterable[Any], dim: int, n: int, *, floor: float = 0.0) -> Spectrum:
+def fit_spectrum(
+    blocks: Iterable[Any], dim: int, n: int, *, floor: float = 0.0, precision: Precision = "float64"
+) -> Spectrum:
     """Fit mean, eigenvalues and eigenvectors of the centred covariance.
 
     With fewer rows than dimensions the n x n Gram of the centred rows is solved (n x d floats are held),
-    otherwise the streamed d x d scatter; both in float64.
+    in float64; otherwise the streamed d x d scatter, whose eigenproblem is in float64 too.
 
     Parameters
     ----------
@@ -142,21 +120,34 @@ def fit_spectrum(blocks: Iterable[Any], dim: int, n: int, *, floor: float = 0.0)
         Shape of the stacked rows.
     floor
         Singular values of the centred rows at or below this are left out as well.
+    precision
+        Of the streamed products.
     """
     if n < 1:
         raise SolverUsageError("A covariance needs at least 1 row, got 0. Check the selection of rows.")
-    if n < dim:
-        rows = collect(blocks, dim, n)
-        mean = rows.mean(axis=0)
-        rows -= mean
-        sigma, left = dual_gram(rows)
-        keep = sigma > max(rank_cutoff(float(sigma[0]), n, dim, gram=True).value, floor)
-        sigma = sigma[keep]
-        vectors = dual_vectors(rows, sigma, left[:, keep])
-    else:
-        mean, scatter = centred_gram(blocks, dim, n)
-        values, vectors = np.linalg.eigh(scatter)
-        sigma, vectors = np.sqrt(np.clip(values[::-1], 0.0, None)), vectors[:, ::-1]
-        keep = sigma > max(rank_cutoff(float(sigma[0]), n, dim, gram=True).value, floor)
-        sigma, vectors = sigma[keep], vectors[:, keep]
-    return Spectrum(mean, sigma**2 / n, fix_signs(vectors), n, dim)
+    if n >= dim:
+        return sums_spectrum(row_sums(blocks, dim, n, precision=precision), floor=floor)
+    rows = collect(blocks, dim, n)
+    mean = rows.mean(axis=0)
+    rows = rows - mean
+    sigma, left = dual_gram(rows)
+    keep = int((sigma > max(rank_cutoff(float(sigma[0]), n, dim, gram=True).value, floor)).sum())
+    vectors = fix_signs(dual_vectors(rows, sigma[:keep], left[:, :keep]))
+    return Spectrum(to_host(mean), to_host(sigma[:keep]) ** 2 / n, to_host(vectors), n, dim)
+
+
+def sums_spectrum(sums: RowSums, *, floor: float = 0.0) -> Spectrum:
+    """Fit the spectrum of sums that are there already; the eigenproblem runs where they lie."""
+    n, dim = sums.n, sums.dim
+    scatter = sums.cov * n
+    values, vectors = eigh(scatter)
+    values, vectors = to_host(values), to_host(fix_signs(vectors))
+    sigma = np.sqrt(np.clip(values, 0.0, None))
+    noise = (
+        tile_noise(to_host(namespace(scatter).linalg.diagonal(scatter)))
+        if sums.precision == "float32"
+        else 0.0
+    )
+    cutoff = rank_cutoff(float(sigma[0]), n, dim, gram=True, tile_noise=noise)
+    keep = sigma > max(cutoff.value, floor)
+    return Spectrum(to_host(sums.mean), sigma[keep] ** 2 / n, vectors[:, keep], n, dim)

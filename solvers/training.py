@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import SolverUsageError
 from .gallery_maps import random_orthonormal
-from .spectrum import fix_signs, orthonormalise
+from .linalg import fix_signs, orthonormalise
 
 if TYPE_CHECKING:
     from .sgd import CosFace

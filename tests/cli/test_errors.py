@@ -136,7 +136,9 @@ def test_unwritable_store(store: Path, here: Path) -> None:
 
 def test_ctrl_c_says_how_to_go_on_and_a_rerun_finishes(here: Path) -> None:
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # Where the tests run in a shell's background, their processes inherit that Ctrl-C is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from latentstore.encoders import PatchEncoder\n"
         "whole = PatchEncoder.encode\n"
         "PatchEncoder.batch = 4\n"

@@ -22,8 +22,10 @@ whole = PatchEncoder.encode
 PatchEncoder.batch = 4
 PatchEncoder.encode = lambda self, *a: (time.sleep(0.2), whole(self, *a))[1]
 """
+# Where the tests run in a shell's background, their processes inherit that Ctrl-C is ignored.
 MAIN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = ["latentstore", "encode", "images", "--image-size", "64", *sys.argv[1:]]
 from cli.app import main
 main()

@@ -1,120 +1,254 @@
+"""Moments: streamed, merged, saved and grouped sums are those of the whole, on every array library."""
+
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from solver_worlds import planted
 
+from solvers import moments as moments_module
+from solvers.arrays import to_host
 from solvers.errors import ProjectionFormatError, SolverUsageError
 from solvers.methods import METHODS, build, check_rank, get
-from solvers.moments import CovMoments, Moments
+from solvers.moments import Moments, bytes_needed, merged, products_for
+from solvers.sums import PairSums, RowSums, pack, symmetric, unpack
 
-D = 64
+D, N, PER = 64, 300, 3
 ROOT = Path(__file__).parents[2]
-FIELDS = ("sum_o", "sum_g", "oo", "gg", "og", "tt")
+EPS64, EPS32 = (float(np.finfo(t).eps) for t in (np.float64, np.float32))
 
 
 @pytest.fixture(scope="module")
-def pairs():
+def world():
+    """100 origins far from zero with 3 translations each: o (100, D), g (300, D), of (300,)."""
     rng = np.random.default_rng(0)
-    o = rng.standard_normal((300, D)) + 3
-    return o, o + 1e-3 * rng.standard_normal((300, D))
+    o = rng.standard_normal((N // PER, D)) + 3
+    of = np.repeat(np.arange(N // PER), PER)
+    return o, o[of] + 1e-3 * rng.standard_normal((N, D)), of
 
 
-def _fed(o, g, blocks):
-    moments = Moments(D)
-    for i in blocks:
-        moments.update(o[i], g[i])
+@pytest.fixture(params=["numpy", "torch", "cupy"])
+def library(request):
+    """Brings NumPy arrays into a library; the one without a device or package is skipped by name."""
+    if request.param == "numpy":
+        return lambda x: x
+    found = pytest.importorskip(request.param)
+    if request.param == "cupy" and not found.is_available():
+        pytest.skip("CuPy finds no GPU")
+    return found.asarray
+
+
+def whole(o, g, of, **options):
+    moments = Moments(D, **options)
+    moments.update(o, g, of)
     return moments
 
 
-def _close(a, b):
-    assert a.n == b.n
-    for name in FIELDS:
-        x, y = getattr(a, name), getattr(b, name)
-        # Sums of 300 terms in another order: 300 eps64 of the largest.
-        assert np.abs(x - y).max() <= 300 * np.finfo(np.float64).eps * np.abs(y).max()
+def numbers(moments):
+    """What the methods read, on the host."""
+    p, r = moments.pairs, moments.origins
+    names = ("mean_o", "mean_t", "mean_g", "second_t", "cov_oo", "cov_ot", "cov_tt", "cov_og", "cov_gg")
+    return {
+        **{name: to_host(getattr(p, name)) for name in names},
+        "origins.mean": to_host(r.mean),
+        "origins.cov": to_host(r.cov),
+    }
 
 
-def test_streamed_merged_and_batched_sums_agree(pairs):
-    o, g = pairs
-    batch = _fed(o, g, [slice(None)])
-    t = g - o
-    for name, truth in (("oo", o.T @ o), ("gg", g.T @ g), ("og", o.T @ g), ("tt", t.T @ t)):
-        assert np.allclose(getattr(batch, name), truth, rtol=1e-12)
-    _close(_fed(o, g, [slice(i, i + 7) for i in range(0, 300, 7)]), batch)
-    _close(_fed(o, g, [slice(i, i + 50) for i in range(250, -1, -50)]), batch)
-    parts = [_fed(o, g, [slice(i, i + 100)]) for i in (0, 100, 200)]
-    for order in ((0, 1, 2), (2, 0, 1)):
-        total = Moments(D)
-        for i in order:
-            total.merge(parts[i])
-        _close(total, batch)
+def assert_same(a, b, tolerance):
+    assert (a.pairs.n, a.origins.n) == (b.pairs.n, b.origins.n)
+    for name, x in numbers(a).items():
+        y = numbers(b)[name]
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), name
 
 
-def test_differences_keep_the_digits_that_sums_of_squares_lose(pairs):
-    o, g = (x.astype(np.float64) for x in pairs)
+def truth(o, g, of):
+    x, t = o[of], g - o[of]
+    oc, gc, tc = (v - v.mean(axis=0) for v in (x, g, t))
+    return {
+        "mean_o": x.mean(axis=0),
+        "mean_t": t.mean(axis=0),
+        "mean_g": g.mean(axis=0),
+        "second_t": t.T @ t / N,
+        "cov_oo": oc.T @ oc / N,
+        "cov_ot": oc.T @ tc / N,
+        "cov_tt": tc.T @ tc / N,
+        "cov_og": oc.T @ gc / N,
+        "cov_gg": gc.T @ gc / N,
+        "origins.mean": o.mean(axis=0),
+        "origins.cov": np.cov(o.T, bias=True),
+    }
+
+
+def test_sums_are_those_of_the_whole_in_every_library(world, library):
+    o, g, of = world
+    moments = Moments(D, shift=o[0], like=None if library(o) is o else library(o))
+    moments.update(library(o), library(g), of)
+    found = numbers(moments)
+    for name, value in truth(*world).items():
+        # Differences of 1e-3 carry the rounding of latents of size 3 that they were formed from.
+        scale = max(np.linalg.norm(value), 1e-3 * D)
+        assert np.linalg.norm(found[name] - value) <= 1e-12 * scale, name
+    squares = float((o[of] ** 2).sum() + (g**2).sum())
+    assert moments.pairs.squares == pytest.approx(squares, rel=1e-12)
+    assert moments.origins.squares == pytest.approx(float((o**2).sum()), rel=1e-12)
+
+
+def test_row_by_row_and_grouped_pairs_are_the_same_pairs(world):
+    o, g, of = world
+    grouped, paired = PairSums(D), PairSums(D)
+    grouped.update(o, g, of)
+    paired.update(o[of], g)
+    for name in ("sum_o", "sum_t", "oo", "ot", "tt"):
+        x, y = getattr(grouped, name), getattr(paired, name)
+        # 300 terms in another order, and the roots of the weights 3: some 300 eps64 of the largest.
+        assert np.abs(x - y).max() <= 300 * EPS64 * np.abs(y).max(), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    # float64: sums of 300 terms in other orders. float32: half an eps of rounding an entry and a tile, of
+    # sums about a mean that is near the true one.
+    [("float64", 1e-12), ("float32", 1e-6)],
+)
+def test_streamed_merged_and_batched_sums_agree(world, precision, tolerance):
+    o, g, of = world
+    options = {"precision": precision, "shift": o.mean(axis=0)}
+    if precision == "float32":
+        o, g = o.astype(np.float32), g.astype(np.float32)
+    batch = whole(o, g, of, **options)
+
+    def part(first, last):
+        rows = slice(PER * first, PER * last)
+        return whole(o[first:last], g[rows], of[rows] - first, **options)
+
+    streamed = Moments(D, **options)
+    for first in range(90, -1, -10):  # in another order, too
+        rows = slice(PER * first, PER * (first + 10))
+        streamed.update(o[first : first + 10], g[rows], of[rows] - first)
+    assert_same(streamed, batch, tolerance)
+    cuts = [(0, 7), (7, 40), (40, 41), (41, 75), (75, 100)]
+    for order in (cuts, cuts[::-1], cuts[2:] + cuts[:2]):
+        assert_same(merged(part(*cut) for cut in order), batch, tolerance)
+    # The opposite: a part that is left out shows.
+    with pytest.raises(AssertionError):
+        assert_same(merged(part(*cut) for cut in cuts[1:]), batch, tolerance)
+
+
+def test_parts_about_other_shifts_merge(world):
+    o, g, of = world
+    one = whole(o[:50], g[:150], of[:150], shift=np.full(D, 2.5))
+    one.merge(whole(o[50:], g[150:], of[150:] - 50, shift=o[99]))
+    assert_same(one, whole(o, g, of, shift=o.mean(axis=0)), 1e-12)
+
+
+def test_tiles_change_nothing(world, monkeypatch):
+    o, g, of = world
+    expected = whole(o, g, of, shift=o.mean(axis=0))
+    monkeypatch.setattr("solvers.sums.TILE", 32)
+    assert_same(whole(o, g, of, shift=o.mean(axis=0)), expected, 1e-12)
+    # In row order or not, an origin's translations may come in any order.
+    mixed = np.random.default_rng(1).permutation(N)
+    assert_same(whole(o, g[mixed], of[mixed], shift=o.mean(axis=0)), expected, 1e-12)
+
+
+def test_differences_keep_the_digits_that_sums_of_squares_lose(world):
+    o, g, of = world
     o, g = o + 1e5, g + 1e5
-    moments = _fed(o, g, [slice(None)])
-    truth = (g - o).T @ (g - o)
-    scale = np.abs(truth).max()
-    from_sums = moments.oo + moments.gg - moments.og - moments.og.T
-    assert np.abs(moments.tt - truth).max() < 1e-9 * scale
-    assert np.abs(from_sums - truth).max() > 1e-2 * scale
+    pairs = whole(o, g, of).pairs
+    exact = (g - o[of]).T @ (g - o[of])
+    scale = np.abs(exact).max()
+    gg = g.T @ g
+    og = o[of].T @ g
+    from_sums = symmetric(pairs.oo) + gg - og - og.T
+    assert np.abs(symmetric(pairs.tt) - exact).max() < 1e-9 * scale
+    assert np.abs(from_sums - exact).max() > 1e-2 * scale
 
 
-def test_half_precision_blocks_are_summed_in_float64(pairs):
-    o, g = (x.astype(np.float16) for x in pairs)
-    moments = _fed(o, g, [slice(None)])
-    exact = o.astype(np.float64)
-    assert moments.oo.dtype == np.float64
-    assert np.allclose(moments.oo, exact.T @ exact, rtol=1e-12)
+def test_a_shift_keeps_the_digits_of_the_covariance():
+    rows = 1e4 + np.random.default_rng(2).standard_normal((500, D)).astype(np.float32)
+    exact = np.cov(rows.astype(np.float64).T, bias=True)
+    near, far = RowSums(D, shift=rows[0], precision="float32"), RowSums(D, precision="float32")
+    near.update(rows)
+    far.update(rows)
+    assert np.linalg.norm(near.cov - exact) < 1e-5 * np.linalg.norm(exact)
+    assert np.linalg.norm(far.cov - exact) > np.linalg.norm(exact)
 
 
-def test_means_and_covariances(pairs):
-    o, g = pairs
-    moments = _fed(o, g, [slice(None)])
-    assert np.allclose(moments.mean_o, o.mean(axis=0))
-    assert np.allclose(moments.mean_g, g.mean(axis=0))
-    assert np.allclose(moments.cov_o, np.cov(o.T, bias=True), atol=1e-12)
-    one, two = CovMoments(D), CovMoments(D)
-    one.update(o[:100])
-    two.update(o[100:])
-    two.merge(one)
-    assert np.allclose(two.mean, o.mean(axis=0))
-    assert np.allclose(two.cov, np.cov(o.T, bias=True), atol=1e-12)
+def test_precision_follows_the_storage():
+    assert [products_for(e) for e in (2.0**-10, 2.0**-7, 2.0**-23, None)] == [
+        "float32", "float32", "float64", "float64",
+    ]  # fmt: skip
 
 
-def test_saving_is_lossless_and_atomic(pairs, tmp_path):
-    moments = _fed(*pairs, [slice(None)])
-    moments.save(tmp_path / "m.safetensors")
-    again = Moments.load(tmp_path / "m.safetensors")
-    assert (again.n, again.dim) == (300, D)
-    assert all(np.array_equal(getattr(again, f), getattr(moments, f)) for f in FIELDS)
-    again.update(*(x[:5] for x in pairs))  # what was loaded can go on
-    assert again.n == 305
+def test_saving_is_lossless_and_atomic(world, tmp_path):
+    o, g, of = world
+    moments = whole(o, g, of, shift=o[0], precision="float32")
+    moments.save(tmp_path / "m.safetensors", {"part": "3"})
+    again, facts = Moments.load(tmp_path / "m.safetensors")
+    assert facts["part"] == "3"
+    assert (again.dim, again.precision) == (D, "float32")
+    assert_same(again, moments, 0.0)
+    size = (tmp_path / "m.safetensors").stat().st_size
+    assert bytes_needed(D)[1] <= size <= bytes_needed(D)[1] + 10_000
+    again.update(o[:5], g[:15], of[:15])  # what was loaded can go on
+    moments.update(o[:5], g[:15], of[:15])
+    assert_same(again, moments, 0.0)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(ProjectionFormatError):
         Moments.load(tmp_path / "bad.safetensors")
+    moments_module.write_safetensors(tmp_path / "v1", {"n": np.ones(1)}, {"format": "solvers.moments"})
+    with pytest.raises(ProjectionFormatError, match="version"):
+        Moments.load(tmp_path / "v1")
 
 
-def test_wrong_blocks_are_refused(pairs):
-    o, g = (x.copy() for x in pairs)
+def test_triangles_pack_without_loss():
+    a = np.triu(np.random.default_rng(4).standard_normal((7, 7)))
+    assert len(pack(a)) == 28
+    assert np.array_equal(unpack(pack(a), 7), a)
+    assert np.array_equal(symmetric(a), a + np.triu(a, 1).T)
+
+
+def test_wrong_blocks_are_refused(world):
+    o, g, of = world
     with pytest.raises(SolverUsageError, match="as many"):
-        Moments(D).update(o, g[:-1])
+        Moments(D).update(o, g)
+    for wrong in (of[:-1], of + 1):
+        with pytest.raises(SolverUsageError, match="one of the 100 origins"):
+            Moments(D).update(o, g, wrong)
     with pytest.raises(SolverUsageError, match="shape"):
-        Moments(D + 1).update(o, g)
+        Moments(D + 1).update(o, g, of)
     with pytest.raises(SolverUsageError, match="merged"):
         Moments(D).merge(Moments(D + 1))
     with pytest.raises(SolverUsageError, match="no rows"):
-        _ = Moments(D).mean_o
-    g[7, 0] = np.inf
+        _ = Moments(D).pairs.mean_o
+    with pytest.raises(SolverUsageError, match="0, at least 1"):
+        merged([])
+    bad = g.copy()
+    bad[7, 0] = np.inf
     moments = Moments(D)
     with pytest.raises(SolverUsageError, match="1 of 300"):
-        moments.update(o, g)
-    assert moments.n == 0  # a refused block leaves nothing behind
-    assert not moments.oo.any()
+        moments.update(o, bad, of)
+    assert moments.pairs.n == moments.origins.n == 0  # a refused block leaves nothing behind
+    assert not moments.pairs.oo.any()
+
+
+def test_float32_sums_lose_a_null_space_that_float64_keeps():
+    """The Gram squares the condition number: what float32 tiles do to a plant over four decades."""
+    o, g, null = planted(2000, D, D // 2, seed=5)
+    T = g - o
+    fine, coarse = PairSums(D), PairSums(D, precision="float32")
+    for sums in (fine, coarse):
+        sums.update(o, g)
+    angles = []
+    for sums in (fine, coarse):
+        vectors = np.linalg.eigh(sums.second_t)[1][:, : D // 2]
+        angles.append(np.linalg.norm(T @ vectors) / np.linalg.norm(T))
+    assert null.shape[1] == D // 2
+    assert angles[0] < 1e-12 < EPS32 * 1e-2 < angles[1]
 
 
 def test_methods_have_one_name_and_declare_what_they_need():

@@ -1,0 +1,132 @@
+"""Dense linear algebra in the array's own library: SciPy for NumPy arrays, the library's own elsewhere.
+
+Every routine takes and returns float64 arrays of one library (NumPy, CuPy, torch) and keeps their device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import scipy.linalg
+
+from .arrays import namespace
+from .errors import SolverUsageError
+
+
+def on_host(a: Any) -> bool:
+    """Tell whether an array is NumPy's."""
+    return bool(array_api_compat.is_numpy_array(a))
+
+
+def eigh(a: Any, top: int | None = None) -> tuple[Any, Any]:
+    """Return eigenvalues (k,), descending, and eigenvectors (d, k) of a symmetric matrix.
+
+    Parameters
+    ----------
+    a
+        (d, d); both triangles must be filled.
+    top
+        How many of the largest; None for all. Libraries without a partial solver compute all and cut.
+    """
+    d = a.shape[0]
+    k = d if top is None else min(top, d)
+    if on_host(a):
+        # Below about a third of the spectrum the partial driver is the faster one.
+        if k <= d // 3:
+            values, vectors = scipy.linalg.eigh(a, subset_by_index=[d - k, d - 1], driver="evr")
+        else:
+            values, vectors = scipy.linalg.eigh(a, driver="evd")
+        return values[::-1][:k], vectors[:, ::-1][:, :k]
+    xp = namespace(a)
+    values, vectors = xp.linalg.eigh(a)
+    return xp.flip(values)[:k], xp.flip(vectors, axis=1)[:, :k]
+
+
+def cholesky(a: Any) -> Any:
+    """Return the lower L with L Lᵀ = a.
+
+    Raises
+    ------
+    SolverUsageError
+        The matrix is not positive definite.
+    """
+    try:
+        found = np.linalg.cholesky(a) if on_host(a) else namespace(a).linalg.cholesky(a)
+    except Exception as error:  # each library has a type of its own for it
+        raise SolverUsageError(
+            f"A covariance of {a.shape[0]} dimensions is not positive definite ({type(error).__name__}): too "
+            "few rows, or constant dimensions. Give a larger ridge (--lam)."
+        ) from error
+    # CuPy does not look at the outcome.
+    if not bool(namespace(found).isfinite(found[-1, -1])):
+        raise SolverUsageError(
+            f"A covariance of {a.shape[0]} dimensions is not positive definite: too few rows, or constant "
+            "dimensions. Give a larger ridge (--lam)."
+        )
+    return found
+
+
+def solve_lower(lower: Any, b: Any, *, transposed: bool = False) -> Any:
+    """Return L⁻¹ b, or L⁻ᵀ b, for a lower triangular L."""
+    if on_host(lower):
+        return scipy.linalg.solve_triangular(lower, b, lower=True, trans=1 if transposed else 0)
+    return namespace(lower).linalg.solve(lower.T if transposed else lower, b)
+
+
+def svd(a: Any) -> tuple[Any, Any, Any]:
+    """Return the thin SVD U, σ (descending), Vᵀ."""
+    if on_host(a):
+        u, sigma, vt = scipy.linalg.svd(a, full_matrices=False)
+        return u, sigma, vt
+    found = namespace(a).linalg.svd(a, full_matrices=False)
+    return found[0], found[1], found[2]
+
+
+def qr(a: Any) -> tuple[Any, Any]:
+    """Return the reduced Q and R."""
+    found = np.linalg.qr(a) if on_host(a) else namespace(a).linalg.qr(a)
+    return found[0], found[1]
+
+
+def triangle(a: Any) -> Any:
+    """Return R of the reduced QR of a, without forming Q where the library can."""
+    return np.linalg.qr(a, mode="r") if on_host(a) else qr(a)[1]
+
+
+def fix_signs(vectors: Any) -> Any:
+    """Flip columns so that the entry of largest magnitude is positive: one answer for every LAPACK."""
+    if vectors.shape[1] == 0:
+        return vectors
+    xp = namespace(vectors)
+    high, low = xp.max(vectors, axis=0), xp.min(vectors, axis=0)
+    return vectors * xp.where(high >= -low, xp.ones_like(high), -xp.ones_like(high))
+
+
+def orthonormalise(vectors: Any) -> Any:
+    """Orthonormal columns of the same nested spans, keeping each column's direction."""
+    if vectors.shape[1] == 0:
+        return vectors
+    xp = namespace(vectors)
+    q, r = qr(vectors)
+    diagonal = xp.linalg.diagonal(r)
+    return q * xp.where(diagonal < 0, -xp.ones_like(diagonal), xp.ones_like(diagonal))
+
+
+@contextmanager
+def full_precision(like: Any) -> Iterator[None]:
+    """Keep float32 products of torch tensors out of TF32, and put the setting back."""
+    if not array_api_compat.is_torch_array(like):
+        yield
+        return
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
