@@ -11,12 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cli import passes
 from latentstore.errors import UsageError
 from latentstore.groups import Groups, load
 from latentstore.schema import OK, SPLITS
 from latentstore.store import LatentStore, open_store
 from solvers.data import PairData
+from solvers.moments import Moments
 from solvers.projection import Projection
+from solvers.sums import RowSums
 
 Rows = npt.NDArray[np.int64]
 BLOCK = 1024
@@ -65,6 +68,7 @@ class Collection:
         for name in names:
             setattr(self, name, np.asarray(table[name].to_pylist(), dtype=object))
         self.ok = store.status() == OK
+        self.on_pass: passes.OnRows | None = None
 
     path: npt.NDArray[Any]
     identity: npt.NDArray[Any]
@@ -195,21 +199,42 @@ class Collection:
         One object, so that the gallery's spectrum is computed once for every method and control.
         """
         origins, translated = self.pairs("train")
-        own = np.unique(origins)
+        own, dim = np.unique(origins), self.store.layout.dim
 
-        def pairs() -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-            for at in range(0, len(origins), BLOCK):
-                yield self.read(origins[at : at + BLOCK]), self.read(translated[at : at + BLOCK])
+        def moments() -> Moments | None:
+            # Fewer rows than dimensions: their span is cheaper, and read at once.
+            if len(own) + len(origins) < dim:
+                return None
+            return self.pair_pass("train").settled(self.on_pass)
+
+        def gallery() -> RowSums | None:
+            if len(self.gallery) < dim:
+                return None
+            return passes.gallery_sums(self.store, self.gallery, on_rows=self.on_pass)
 
         return PairData(
-            dim=self.store.layout.dim,
+            dim=dim,
             n_pairs=len(origins),
             n_origins=len(own),
             n_gallery=len(self.gallery),
             stored_eps=float(np.finfo(self.store.layout.dtype).eps),
-            pairs_source=pairs,
+            pairs_source=lambda: passes.pair_blocks(self.store.reader, origins, translated),
             origins_source=lambda: self.blocks(own),
             gallery_source=lambda: self.blocks(self.gallery),
+            moments_source=moments,
+            gallery_sums_source=gallery,
+        )
+
+    def pair_pass(self, split: str, *, models: bool = False, parts: int = passes.PARTS) -> passes.PairPass:
+        """Return the pass over the pairs of a split, in parts hashed from the photo; see `PairPass.of`."""
+        origins, translated = self.pairs(split)
+        return passes.PairPass.of(
+            self.store,
+            origins,
+            translated,
+            self.group[translated],
+            np.array([m or "unnamed" for m in self.model[translated]], object) if models else None,
+            parts=parts,
         )
 
     def read(self, rows: Rows) -> npt.NDArray[np.floating[Any]]:
@@ -217,9 +242,8 @@ class Collection:
         return self.store.reader.gather(rows)
 
     def blocks(self, rows: Rows) -> Iterator[npt.NDArray[np.floating[Any]]]:
-        """Yield the latents of rows block by block."""
-        for at in range(0, len(rows), BLOCK):
-            yield self.read(rows[at : at + BLOCK])
+        """Yield the latents of rows block by block, read ahead."""
+        yield from passes.ahead(self.read, (rows[at : at + BLOCK] for at in range(0, len(rows), BLOCK)))
 
     def references(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
         """Return rows projected as references, (n, m)."""

@@ -193,4 +193,46 @@ def duplicates(
     render.emit(render.plain(found)) if json_ else render.say(render.near_duplicates(found))
 
 
-COMMANDS = (plan, info, verify, remove, migrate, duplicates)
+@guarded
+def moments(
+    store: StoreArgument = STORE,
+    parts: Annotated[int, typer.Option(help="Groups of photos with sums of their own, by hash.", min=1)] = 10,
+    per_model: Annotated[
+        bool, typer.Option("--per-model", help="Keep sums of each translation model, too.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Sum on so many local processes, a part each.", min=1)
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Sum on the Dask cluster at this address.")
+    ] = None,
+    drop: Annotated[bool, typer.Option("--drop", help="Delete what is kept, and make nothing.")] = False,
+    json_: Json = False,
+) -> None:
+    """Sum a store's training pairs once and keep the sums; every closed form then fits without reading.
+
+    solve does this by itself where it pays. Stopped, it goes on where it was.
+
+    Example: latentstore moments pairs.zarr --workers 2
+    """
+    from cli import render
+    from cli.summing import drop_moments, kept_text, run_moments
+
+    if drop:
+        freed = drop_moments(store)
+        render.emit({"freed": freed}) if json_ else render.say(f"{store}: {render.size(freed)} freed.")
+        return
+    with render.progress("moments", "pairs", quiet=json_) as (on_start, on_rows):
+        kept = run_moments(
+            store,
+            parts=parts,
+            models=per_model,
+            workers=workers,
+            scheduler=scheduler,
+            on_start=on_start,
+            on_rows=on_rows,
+        )
+    render.emit(render.plain(kept)) if json_ else render.say(kept_text(kept))
+
+
+COMMANDS = (plan, info, verify, remove, migrate, duplicates, moments)

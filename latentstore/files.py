@@ -14,7 +14,7 @@ from typing import BinaryIO
 from latentstore.errors import StoreWriteError
 
 PARTIAL = ".partial"
-DERIVED = ("projections", "duplicates")
+DERIVED = ("projections", "duplicates", "moments")
 """Folders of a store with what can be made anew from its latents."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

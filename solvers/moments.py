@@ -128,18 +128,27 @@ class Moments:
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """Merge parts pairwise, as a tree of fixed shape: one sum whoever made the parts. They are used up."""
-    found = list(parts)
-    if not found:
+    """Merge parts one by one, in their order; two are in memory at a time. The first is used up."""
+    total: Moments | None = None
+    for part in parts:
+        if total is None:
+            total = part
+        else:
+            total.merge(part)
+    if total is None:
         raise SolverUsageError("There are no parts to merge (0, at least 1 needed).")
-    while len(found) > 1:
-        for left, right in zip(found[::2], found[1::2], strict=False):
-            left.merge(right)
-        found = found[::2]
-    return found[0]
+    return total
 
 
-def bytes_needed(dim: int, *, models: int = 1, parts: int = 1) -> tuple[int, int]:
-    """Return the bytes that a pass holds in memory (one part, one model), and that its parts take on disk."""
-    square, packed = 8 * dim * dim, 4 * dim * (dim + 1)
-    return 4 * square + 8 * TILE * dim * 4, parts * models * (3 * packed + square)
+def bytes_needed(dim: int) -> tuple[int, int]:
+    """Return the bytes that moments take while they are summed, and as a file.
+
+    In memory: four matrices, a tile's product, and two blocks of latents with their float32 differences.
+    """
+    square = 8 * dim * dim
+    return 4 * square + square // 2 + 4 * TILE * dim * 5, 3 * row_bytes(dim) + square
+
+
+def row_bytes(dim: int) -> int:
+    """Return the bytes that `RowSums` take as a file: a packed triangle."""
+    return 4 * dim * (dim + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
@@ -11,9 +12,11 @@ import scipy.sparse
 
 from .arrays import as_like, namespace, to_host
 from .errors import SolverUsageError
+from .files import read_safetensors, write_safetensors
 from .linalg import full_precision, on_host
 
 Precision = Literal["float32", "float64"]
+_FORMAT = "solvers.row_sums"
 TILE = 8192
 """Rows of one product: enough to run at the speed of the arithmetic, few enough for float32's rounding."""
 
@@ -98,6 +101,22 @@ class RowSums:
             f"{prefix}sum": to_host(self.sum),
             f"{prefix}xx": pack(to_host(self.xx)),
         }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the sums to a safetensors file, atomically."""
+        info = {"format": _FORMAT, "version": "1", "precision": self.precision}
+        write_safetensors(path, self.tensors(), info)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read sums written by `save`.
+
+        Raises
+        ------
+        ProjectionFormatError
+        """
+        tensors, facts = read_safetensors(path, _FORMAT)
+        return cls.of(tensors, "float32" if facts["precision"] == "float32" else "float64")
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray], precision: Precision, prefix: str = "") -> Self:

@@ -1,0 +1,244 @@
+"""The pass over a store's pairs: the same sums, kept or not, killed and resumed, by workers, grown."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from store_worlds import make_store, rows_of
+
+from cli import passes
+from cli.collection import Collection
+from cli.passes import PairPass, gallery_sums
+from latentstore.cluster import connect
+from latentstore.store import open_store
+from solvers.errors import ProjectionFormatError
+
+DIM, IDENTITIES, PER, SHARD = 24, 300, 2, 84
+ROWS = IDENTITIES * (1 + PER)
+SLOW = """
+import sys, time
+from pathlib import Path
+from cli.collection import Collection
+from solvers.sums import PairSums
+whole = PairSums.update
+PairSums.update = lambda self, *a: (time.sleep(0.2), whole(self, *a))[1]
+Collection.open(Path(sys.argv[1])).pair_pass("train").run()
+"""
+
+
+def world(n=IDENTITIES, seed=0):
+    """Origins, each followed by its translations, by two models in turn; all in the training split."""
+    rng = np.random.default_rng(seed)
+    o = rng.standard_normal((n, 1, DIM)) * np.linspace(2, 0.5, DIM) + 1
+    t = 0.3 * rng.standard_normal((n, PER, DIM))
+    latents = np.concatenate([o, o + t], axis=1).reshape(-1, DIM).astype(np.float16)
+    k = np.arange(len(latents)) % (1 + PER)
+    names = np.repeat([f"photo {i}" for i in range(n)], 1 + PER)
+    inputs = rows_of(
+        len(latents),
+        identity=list(names),
+        group=list(names),
+        role=["translation" if i else "origin" for i in k],
+        split=["train"] * len(latents),
+        model=[["", "A", "B"][i] for i in k],
+    )
+    return latents, inputs
+
+
+@pytest.fixture
+def collection(tmp_path):
+    latents, inputs = world()
+    make_store(tmp_path / "s.zarr", latents, inputs=inputs)
+    return Collection.open(tmp_path / "s.zarr")
+
+
+def assert_same(a, b, tolerance=1e-6):
+    """As the float32 tiles of half-precision latents allow, in units of the matrix's norm."""
+    assert (a.pairs.n, a.origins.n) == (b.pairs.n, b.origins.n)
+    for name in ("second_t", "cov_oo", "cov_og", "cov_gg", "mean_g"):
+        x, y = getattr(a.pairs, name), getattr(b.pairs, name)
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), name
+    assert np.linalg.norm(a.origins.cov - b.origins.cov) <= tolerance * np.linalg.norm(b.origins.cov)
+
+
+def bits(plan):
+    """Every number of every kept part. (The order of the facts in a file's head is the library's whim.)"""
+    files = sorted(plan.folder.glob("*.safetensors"))
+    return {f.name: {k: v.tobytes() for k, v in load_file(f).items()} for f in files}
+
+
+def exact(collection, wanted=lambda model: True):
+    """The same numbers by a plain float64 product over all rows."""
+    o, g = collection.pairs("train")
+    own = np.array([wanted(collection.model[row]) for row in g])
+    x, y = collection.read(o[own]).astype(np.float64), collection.read(g[own]).astype(np.float64)
+    t, first = y - x, collection.read(np.unique(o[own])).astype(np.float64)
+    return {"second_t": t.T @ t / len(t), "origins": np.cov(first.T, bias=True), "n": len(t)}
+
+
+def test_parts_kept_or_not_are_the_pairs(collection):
+    plan = collection.pair_pass("train")
+    assert len(plan.tasks) == 10
+    assert {row for task in plan.tasks for row in task.translations} == set(collection.pairs("train")[1])
+    homes = {}
+    for task in plan.tasks:
+        for row in task.origins.tolist():
+            assert homes.setdefault(collection.group[row], task.part) == task.part, "a photo is in one part"
+    assert not plan.done()
+    assert plan.run() == 10
+    assert plan.done()
+    assert plan.run() == 0, "what is kept is not made again"
+    found, truth = plan.moments(), exact(collection)
+    assert found.pairs.n == truth["n"] == IDENTITIES * PER
+    assert found.origins.n == IDENTITIES
+    assert np.linalg.norm(found.pairs.second_t - truth["second_t"]) < 1e-6 * np.linalg.norm(truth["second_t"])
+    assert np.linalg.norm(found.origins.cov - truth["origins"]) < 1e-6 * np.linalg.norm(truth["origins"])
+    assert_same(plan.in_memory(), found)
+    one_out = plan.moments(without=[3])
+    assert one_out.pairs.n == found.pairs.n - len(plan.tasks[3].translations)
+    with pytest.raises(AssertionError):
+        assert_same(one_out, found)
+
+
+def test_each_model_and_the_pool_come_from_one_pass(collection):
+    plan = collection.pair_pass("train", models=True, parts=4)
+    plan.run()
+    for model in ("A", "B"):
+        truth, found = exact(collection, lambda m, model=model: m == model), plan.moments(model)
+        assert found.pairs.n == truth["n"] == IDENTITIES
+        assert np.linalg.norm(found.pairs.second_t - truth["second_t"]) < 1e-6 * np.linalg.norm(
+            truth["second_t"]
+        )
+    pooled = plan.moments()
+    assert pooled.origins.n == IDENTITIES, "an origin that both models translated counts once"
+    assert_same(pooled, collection.pair_pass("train").in_memory())
+
+
+def test_a_killed_pass_goes_on_and_changes_nothing(collection, tmp_path):
+    root = collection.store.path
+    undisturbed = collection.pair_pass("train")
+    undisturbed.run()
+    expected = bits(undisturbed)
+    passes.drop(collection.store)
+    assert not undisturbed.done()
+    job = subprocess.Popen([sys.executable, "-c", SLOW, str(root)])
+    deadline = time.monotonic() + 60
+    while not list(undisturbed.folder.glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    kept = len(list(undisturbed.folder.glob("*.safetensors")))
+    assert 1 <= kept < 10
+    told = []
+    assert undisturbed.run(on_rows=lambda rows, bad: told.append(rows)) == 10 - kept
+    assert 0 < sum(told) < IDENTITIES * PER, "finished parts are not read again"
+    assert bits(undisturbed) == expected
+    # What the kill left is swept once it cannot be anybody's.
+    left = undisturbed.folder / ".left.1.partial"
+    left.touch()
+    os.utime(left, (1, 1))
+    next(undisturbed.folder.glob("*.safetensors")).unlink()
+    undisturbed.run()
+    assert not left.exists()
+
+
+def test_workers_make_the_same_parts(collection):
+    alone = collection.pair_pass("train")
+    alone.run()
+    expected = alone.moments()
+    passes.drop(collection.store)
+    with connect(workers=2) as client:
+        assert alone.run(client=client) == 10
+    assert_same(alone.moments(), expected)
+
+
+def test_solve_takes_up_what_is_kept(collection, monkeypatch):
+    plan = collection.pair_pass("train")
+    assert not plan.pays, "sums larger than the latents are not kept unasked"
+    assert collection.data.moments.pairs.n == IDENTITIES * PER
+    assert not plan.folder.exists()
+    plan.run()
+    monkeypatch.setattr(PairPass, "in_memory", lambda *a: pytest.fail("read again"))
+    again = Collection.open(collection.store.path)
+    assert_same(again.data.moments, plan.moments())
+    monkeypatch.undo()
+    monkeypatch.setattr(passes, "SHARE", 1e9)
+    passes.drop(collection.store)
+    unasked = Collection.open(collection.store.path)
+    assert unasked.data.moments.pairs.n == IDENTITIES * PER
+    assert plan.done()
+
+
+def test_a_damaged_part_is_refused_once_and_made_anew(collection):
+    plan = collection.pair_pass("train", parts=2)
+    plan.run()
+    path = plan.path(plan.tasks[0])
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ProjectionFormatError, match="damaged"):
+        plan.moments()
+    assert plan.run() == 1
+    assert plan.moments().pairs.n == IDENTITIES * PER
+
+
+def test_other_latents_have_other_parts(collection, tmp_path):
+    plan = collection.pair_pass("train", parts=2)
+    plan.run()
+    latents, inputs = world(seed=1)
+    make_store(tmp_path / "t.zarr", latents, inputs=inputs)
+    other = Collection.open(tmp_path / "t.zarr").pair_pass("train", parts=2)
+    assert other.folder.name != plan.folder.name
+    # In one store, old parts go when new ones come.
+    (plan.folder.parent / "pairs-0123456789abcdef").mkdir()
+    passes.drop(collection.store)
+    plan.run()
+    assert [p.name for p in plan.folder.parent.glob("pairs-*")] == [plan.folder.name]
+
+
+def test_a_gallery_that_grew_sums_its_new_end_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "GALLERY_SHARDS", 2)
+    latents, inputs = world()
+    small = make_store(tmp_path / "small.zarr", latents[: 6 * SHARD], inputs=inputs.slice(0, 6 * SHARD))
+    rows = np.arange(len(small))
+
+    def read_rows(store, rows):
+        told = []
+        sums = gallery_sums(store, rows, keep=True, on_rows=lambda n, bad: told.append(n))
+        return sums, told
+
+    made = []
+    whole = passes.sum_rows
+    monkeypatch.setattr(passes, "sum_rows", lambda *a, **k: made.append(len(a[1])) or whole(*a, **k))
+    first, told = read_rows(small, rows)
+    assert (made, sum(told)) == ([2 * SHARD] * 3, 6 * SHARD)
+    again, told = read_rows(small, rows)
+    assert (len(made), sum(told)) == (3, 6 * SHARD), "kept blocks are not read again"
+    assert np.array_equal(first.xx, again.xx)
+    # A row fewer in the first block: that block alone is summed again.
+    made.clear()
+    fewer, _ = read_rows(small, rows[1:])
+    assert made == [2 * SHARD - 1]
+    exact_cov = np.cov(latents[1 : 6 * SHARD].astype(np.float64).T, bias=True)
+    assert np.linalg.norm(fewer.cov - exact_cov) < 1e-6 * np.linalg.norm(exact_cov)
+    assert len(list((small.root / "moments" / "latents" / "gallery").glob("*.safetensors"))) == 3
+    # A damaged block is made again.
+    block = next((small.root / "moments" / "latents" / "gallery").glob("*.safetensors"))
+    block.write_bytes(b"\x00" * 40)
+    repaired, _ = read_rows(small, rows[1:])
+    assert np.allclose(repaired.cov, fewer.cov, rtol=0, atol=1e-6)
+
+
+def test_kept_sums_leave_the_store_a_zarr_group(collection):
+    import zarr
+
+    collection.pair_pass("train", parts=2).run()
+    gallery_sums(collection.store, collection.gallery, keep=True)
+    names = {name for name, _ in zarr.open_group(collection.store.root, mode="r").members()}
+    assert "moments" in names  # and no warning, which would be an error here
+    assert open_store(collection.store.path).counts() == {"ok": ROWS}
