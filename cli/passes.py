@@ -30,8 +30,9 @@ from latentstore.reader import Reader
 from latentstore.store import LatentStore, open_store
 from solvers.errors import ProjectionFormatError
 from solvers.moments import Moments, bytes_needed, products_for, row_bytes
+from solvers.products import TILE, Precision
 from solvers.spectrum import ROUGH_ROWS
-from solvers.sums import TILE, Precision, RowSums
+from solvers.sums import Prepared, RowSums
 
 Rows = npt.NDArray[np.int64]
 OnRows = Callable[[int, int], None]
@@ -276,10 +277,14 @@ def summed(reader: Reader, task: Task, precision: Precision, on_rows: OnRows | N
     """Sum one part, reading ahead while the products run."""
     own = np.unique(task.origins)
     moments = Moments(reader.layout.dim, shift=_rough_mean(reader, own), precision=precision)
-    for origins, translations, of in ahead(lambda rows: _read_pairs(reader, *rows), _blocks(task)):
-        moments.pairs.update(origins, translations, of)
+
+    def prepared(rows: tuple[Rows, Rows, Rows]) -> Prepared:
+        return moments.pairs.prepare(*_read_pairs(reader, *rows))
+
+    for block in ahead(prepared, _blocks(task)):
+        moments.pairs.add(block)
         if on_rows is not None:
-            on_rows(len(translations), 0)
+            on_rows(block.n, 0)
     moments.origins = sum_rows(reader, own, precision)
     return moments
 

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from .errors import SolverUsageError
 from .files import read_safetensors, write_safetensors
-from .sums import TILE, PairSums, Precision, RowSums
+from .products import TILE, Precision
+from .sums import PairSums, RowSums
 
 _FORMAT = "solvers.moments"
 

@@ -11,8 +11,9 @@ import numpy as np
 from .arrays import as_float64, as_rows, namespace, to_host
 from .errors import SolverUsageError
 from .linalg import eigh, fix_signs, on_host, orthonormalise
+from .products import Precision
 from .rank import rank_cutoff, tile_noise
-from .sums import Precision, RowSums
+from .sums import RowSums
 
 ROUGH_ROWS = 256
 """Rows whose mean is near enough to the whole's to be a shift."""

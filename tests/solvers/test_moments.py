@@ -13,7 +13,8 @@ from solvers.arrays import to_host
 from solvers.errors import ProjectionFormatError, SolverUsageError
 from solvers.methods import METHODS, build, check_rank, get
 from solvers.moments import Moments, bytes_needed, merged, products_for
-from solvers.sums import PairSums, RowSums, pack, symmetric, unpack
+from solvers.products import pack, symmetric, unpack
+from solvers.sums import PairSums, RowSums
 
 D, N, PER = 64, 300, 3
 ROOT = Path(__file__).parents[2]
@@ -147,7 +148,8 @@ def test_parts_about_other_shifts_merge(world):
 def test_tiles_change_nothing(world, monkeypatch):
     o, g, of = world
     expected = whole(o, g, of, shift=o.mean(axis=0))
-    monkeypatch.setattr("solvers.sums.TILE", 32)
+    for module in ("sums", "products"):
+        monkeypatch.setattr(f"solvers.{module}.TILE", 32)
     assert_same(whole(o, g, of, shift=o.mean(axis=0)), expected, 1e-12)
     # In row order or not, an origin's translations may come in any order.
     mixed = np.random.default_rng(1).permutation(N)
