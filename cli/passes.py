@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
-from latentstore.errors import StoreWriteError
-from latentstore.files import check_room
+from cli.kept import PAIR_MATRICES, ROW_MATRICES, check_memory, folder_of, prepare_folder, writable
 from latentstore.reader import Reader
 from latentstore.store import LatentStore, open_store
 from solvers.errors import ProjectionFormatError
@@ -44,8 +40,6 @@ GALLERY_SHARDS = 16
 """Shards of a block of the gallery: its sums are then an eighth of its bytes, or less, at any dimension."""
 SHARE = 0.5
 """Of the bytes of the latents: sums that take more are not kept of themselves, they cost less to make."""
-STALE = 3600
-"""Seconds after which an unfinished file is nobody's: no part takes so long."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ class PairPass:
     @cached_property
     def folder(self) -> Path:
         """Where the parts are kept; another one when any latent has changed."""
-        return _folder(self.store) / f"pairs-{self.store.data_hash()}"
+        return folder_of(self.store) / f"pairs-{self.store.data_hash()}"
 
     @property
     def bytes(self) -> int:
@@ -236,6 +230,7 @@ class PairPass:
 
     def settled(self, on_rows: OnRows | None = None) -> Moments:
         """Return the moments of all pairs: kept ones, or made now, and kept where that pays."""
+        check_memory(self.store.layout.dim, PAIR_MATRICES)
         if not self.done():
             if not self.pays:
                 return self.in_memory(on_rows)
@@ -318,12 +313,13 @@ def gallery_sums(
         By default where it pays; see :data:`SHARE`.
     """
     dim, size = store.layout.dim, GALLERY_SHARDS * store.layout.shard_rows
+    check_memory(dim, ROW_MATRICES)
     precision = products_for(float(np.finfo(store.layout.dtype).eps))
     blocks = np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1)
     each = row_bytes(dim)
     if keep is None:
         keep = writable(store) and each * len(blocks) <= SHARE * len(rows) * store.layout.row_bytes
-    folder, total, known = _folder(store) / "gallery", None, []
+    folder, total, known = folder_of(store) / "gallery", None, []
     for block in blocks:
         path = folder / f"{_block_key(store, block, precision)}.safetensors"
         known.append(path)
@@ -406,46 +402,8 @@ def _part(group: str, parts: int) -> int:
     return int.from_bytes(digest, "little") % parts
 
 
-def _folder(store: LatentStore) -> Path:
-    return store.root / "moments" / store.array
-
-
-def prepare_folder(folder: Path, store: LatentStore, needed: int) -> None:
-    """Make the folder of kept sums, clear what killed passes left in it, and refuse what cannot fit.
-
-    Raises
-    ------
-    StoreWriteError
-    """
-    check_room(store.root, needed)
-    try:
-        for group in (store.root / "moments", _folder(store), folder):
-            zarr.open_group(group, mode="a")  # zarr warns of folders that are no groups
-    except OSError as exc:
-        raise StoreWriteError(
-            f"Sums over the latents could not be kept in {folder}: {exc.strerror or exc}. Make room or "
-            "permission there."
-        ) from exc
-    for left in folder.glob(".*.partial"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink()
-
-
-def writable(store: LatentStore) -> bool:
-    """Tell whether sums can be kept beside the latents at all."""
-    return os.access(store.root, os.W_OK)
-
-
 def pair_blocks(reader: Reader, origins: Rows, translations: Rows) -> Iterator[tuple[Any, Any, Rows]]:
     """Yield the latents of pairs, read ahead: (origins, translations, which origin each has)."""
     order = np.lexsort((translations, origins))
     task = Task("", "", 0, origins[order], translations[order])
     yield from ahead(lambda rows: _read_pairs(reader, *rows), _blocks(task))
-
-
-def drop(store: LatentStore) -> int:
-    """Delete the kept sums of a store's array; return their bytes."""
-    freed = sum(p.stat().st_size for p in _folder(store).rglob("*.safetensors"))
-    shutil.rmtree(_folder(store), ignore_errors=True)
-    return freed

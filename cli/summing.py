@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import passes
+from cli import kept, passes
 from cli.collection import Collection
 from cli.passes import PARTS
 from latentstore.errors import UsageError
@@ -116,7 +116,7 @@ def run_moments(
 
 def drop_moments(store: Path) -> int:
     """Delete what is kept; return its bytes."""
-    return passes.drop(Collection.open(store).store)
+    return kept.drop(Collection.open(store).store)
 
 
 def kept_text(kept: Kept) -> str:

@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 from store_worlds import make_store, rows_of
 
-from cli import passes
+from cli import kept, passes
 from cli.collection import Collection
 from cli.passes import PairPass, gallery_sums
 from latentstore.cluster import connect
+from latentstore.errors import UsageError
 from latentstore.store import open_store
 from solvers.errors import ProjectionFormatError
 
@@ -126,7 +127,7 @@ def test_a_killed_pass_goes_on_and_changes_nothing(collection, tmp_path):
     undisturbed = collection.pair_pass("train")
     undisturbed.run()
     expected = bits(undisturbed)
-    passes.drop(collection.store)
+    kept.drop(collection.store)
     assert not undisturbed.done()
     job = subprocess.Popen([sys.executable, "-c", SLOW, str(root)])
     deadline = time.monotonic() + 60
@@ -134,10 +135,10 @@ def test_a_killed_pass_goes_on_and_changes_nothing(collection, tmp_path):
         time.sleep(0.02)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    kept = len(list(undisturbed.folder.glob("*.safetensors")))
-    assert 1 <= kept < 10
+    done = len(list(undisturbed.folder.glob("*.safetensors")))
+    assert 1 <= done < 10
     told = []
-    assert undisturbed.run(on_rows=lambda rows, bad: told.append(rows)) == 10 - kept
+    assert undisturbed.run(on_rows=lambda rows, bad: told.append(rows)) == 10 - done
     assert 0 < sum(told) < IDENTITIES * PER, "finished parts are not read again"
     assert bits(undisturbed) == expected
     # What the kill left is swept once it cannot be anybody's.
@@ -153,7 +154,7 @@ def test_workers_make_the_same_parts(collection):
     alone = collection.pair_pass("train")
     alone.run()
     expected = alone.moments()
-    passes.drop(collection.store)
+    kept.drop(collection.store)
     with connect(workers=2) as client:
         assert alone.run(client=client) == 10
     assert_same(alone.moments(), expected)
@@ -170,7 +171,7 @@ def test_solve_takes_up_what_is_kept(collection, monkeypatch):
     assert_same(again.data.moments, plan.moments())
     monkeypatch.undo()
     monkeypatch.setattr(passes, "SHARE", 1e9)
-    passes.drop(collection.store)
+    kept.drop(collection.store)
     unasked = Collection.open(collection.store.path)
     assert unasked.data.moments.pairs.n == IDENTITIES * PER
     assert plan.done()
@@ -196,7 +197,7 @@ def test_other_latents_have_other_parts(collection, tmp_path):
     assert other.folder.name != plan.folder.name
     # In one store, old parts go when new ones come.
     (plan.folder.parent / "pairs-0123456789abcdef").mkdir()
-    passes.drop(collection.store)
+    kept.drop(collection.store)
     plan.run()
     assert [p.name for p in plan.folder.parent.glob("pairs-*")] == [plan.folder.name]
 
@@ -242,3 +243,14 @@ def test_kept_sums_leave_the_store_a_zarr_group(collection):
     names = {name for name, _ in zarr.open_group(collection.store.root, mode="r").members()}
     assert "moments" in names  # and no warning, which would be an error here
     assert open_store(collection.store.path).counts() == {"ok": ROWS}
+
+
+def test_what_memory_cannot_hold_is_refused_with_its_bytes(collection, monkeypatch):
+    need = kept.PAIR_MATRICES * 8 * DIM**2
+    monkeypatch.setattr(kept, "free_memory", lambda: need)
+    assert collection.data.moments.pairs.n == IDENTITIES * PER
+    monkeypatch.setattr(kept, "free_memory", lambda: need - 1)
+    with pytest.raises(UsageError, match=r"24 numbers take .*\(9 matrices of 24 x 24 in float64"):
+        _ = Collection.open(collection.store.path).data.moments
+    monkeypatch.undo()
+    assert 0 < kept.free_memory() < 1 << 50
