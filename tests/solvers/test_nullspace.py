@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
 from scipy.linalg import subspace_angles
 from solver_worlds import orthonormal, planted
 
+from solvers import nullspace
 from solvers.closed import GeneralisedNull, NullSpace, PairData, RandomSubspace, fit_path
 from solvers.errors import NoPairsError, SolverUsageError
 from solvers.metrics import residual_ratio
+from solvers.moments import Moments
 from solvers.rank import rank_cutoff
 
 D, R = 96, 64
@@ -250,3 +254,25 @@ def test_each_accumulator_fails_where_it_should():
     assert half.report["accumulator"] == "gram: float16 storage sets the floor, not the Gram's arithmetic"
     with pytest.raises(SolverUsageError, match="accumulator"):
         NullSpace(accumulator="svd")
+
+
+@pytest.mark.parametrize("n", [20, 40])
+def test_primal_and_dual_are_one_problem(n):
+    """Fewer rows than dimensions: from the rows' span, or from sums over all dimensions, the same maps."""
+    o, g, _ = planted(n, D, n // 2, noise=1e-2)
+    dual = PairData.from_arrays(o, g)
+    whole = Moments(D, shift=o.mean(axis=0))
+    whole.update(o, g)
+    primal = replace(dual, moments_source=lambda: whole)
+    assert (dual.moments.dim, primal.moments.dim) == (2 * n, D)
+    for lam in (0.1, 10.0):
+        a, b = (GeneralisedNull(n // 2, lam).fit(data) for data in (dual, primal))
+        assert (a.report["path"], b.report["path"]) == ("span", "primal")
+        # Two float64 eigenproblems of one pencil; its condition is (1 + lam') / lam', some 1e3 here.
+        assert np.abs(a.query_map - b.query_map).max() < 1e-9 * np.abs(a.query_map).max()
+        assert np.allclose(a.spectrum, b.spectrum, rtol=1e-9)
+    rows, sums = nullspace._dual(dual), nullspace._primal(primal)
+    assert rows.numerical_rank == sums.numerical_rank == n
+    # By the Gram both: values to sqrt(eps64) of the largest at worst, and these lie within two decades.
+    assert np.allclose(rows.sigma, sums.sigma[:n], rtol=1e-9)
+    assert subspace_angles(rows.row_vectors, sums.row_vectors).max() < 1e-9
