@@ -48,6 +48,8 @@ class Fitted:
     report
         numerical_rank, cutoff, decided_by, sigma_max, sigma_min (of T), n_pairs, path, statement,
         requested_rank and effective_rank; None where the method has no T.
+    query_center, norm_map
+        See :class:`Projection`.
     """
 
     query_map: np.ndarray
@@ -59,6 +61,8 @@ class Fitted:
     knobs: Mapping[str, Any]
     seed: int | None = None
     report: Mapping[str, Any] = field(default_factory=make_report)
+    query_center: np.ndarray | None = None
+    norm_map: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -87,5 +91,7 @@ class Fitted:
             data_hash=data_hash,
             used_identities=used,
             seed=self.seed,
+            query_center=self.query_center,
+            norm_map=self.norm_map,
             provenance={**(provenance or {}), "fit": dict(self.report)},
         )

@@ -1,4 +1,4 @@
-"""Maps that need no pairs: the controls, PCA whitening and the analytic map."""
+"""Maps that need no pairs: the controls and PCA whitening."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from .data import PairData
 from .errors import SolverUsageError
 from .fitted import Fitted, make_report
 from .linalg import fix_signs, orthonormalise
-from .projection import SCORES
 from .rank import check_rank
 from .spectrum import Spectrum
-
-ENERGY_FLOOR = 1e-4  # of the largest eigenvalue: a covariance estimated from few rows knows no less
 
 
 class Capabilities:
@@ -107,7 +104,7 @@ class Pca(Capabilities):
     def fit(self, data: PairData) -> Fitted:
         """Fit on the gallery."""
         spectrum = data.gallery_spectrum
-        m = _available(self.rank, spectrum)
+        m = available_rank(self.rank, spectrum)
         W = spectrum.vectors[:, :m] * spectrum.values[:m] ** -self.exponent
         return Fitted(
             W,
@@ -117,75 +114,7 @@ class Pca(Capabilities):
             spectrum.values,
             self.name,
             asdict(self),
-            report=_gallery_report(spectrum, self.rank, m),
-        )
-
-
-@dataclass(frozen=True)
-class Analytic(Capabilities):
-    """The Bayes map of a one-step diffusion translation under a Gaussian prior; no pairs, no tuning.
-
-    With originals N(mu, V diag(e) V^T) scaled to mean eigenvalue 1, the one-step estimate of Lemma 1 is
-    linear and Gaussian: h = sqrt(ab) e / (ab e + 1 - ab), a = sqrt(ab) h, s = e (1 - a^2), so that in
-    V-coordinates a query is N(a o, s). Query map V s^-1/2, reference map V diag(a) s^-1/2, both after
-    subtracting mu; with the score "bias" this is the exact log-likelihood up to a constant per query.
-    A random prompt that moves the prior's mean with variance prompt^2 e adds (1 - a)^2 prompt^2 e to s.
-    Price: one covariance of the gallery and its eigen-decomposition.
-
-    Parameters
-    ----------
-    alpha_bar
-        Share of the signal that survives the noising, between 0 and 1.
-    rank
-        Number of components, those of largest a^2 e / s first (PCA's order); None for all.
-    prompt
-        Standard deviation of the prompt's shift of the mean, in units of the prior's.
-    score
-        "cosine", or "bias" for the exact Bayes score.
-    """
-
-    alpha_bar: float = 0.1
-    rank: int | None = 512
-    prompt: float = 0.0
-    score: str = "cosine"
-    name: ClassVar[str] = "analytic"
-    all_ranks: ClassVar[bool] = True
-    symmetric: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.alpha_bar < 1.0:
-            raise SolverUsageError(
-                f"alpha_bar must lie strictly between 0 and 1, not {self.alpha_bar}. 0.1 is a fair default."
-            )
-        if not (np.isfinite(self.prompt) and self.prompt >= 0.0):
-            raise SolverUsageError(f"prompt must be finite and at least 0, not {self.prompt}.")
-        if self.score not in SCORES:
-            raise SolverUsageError(f"The score must be one of {', '.join(SCORES)}, not {self.score!r}.")
-
-    def fit(self, data: PairData) -> Fitted:
-        """Fit on the gallery. With n < d rows the components are those of the rows' span."""
-        spectrum = data.gallery_spectrum
-        _available(self.rank, spectrum)
-        scale = spectrum.dim / spectrum.total  # the mean is over all d dimensions, spanned or not
-        e = spectrum.values * scale
-        e = np.maximum(e, ENERGY_FLOOR * e[0])
-        ab = self.alpha_bar
-        a = ab * e / (ab * e + 1.0 - ab)
-        s = e * (1.0 - a**2) + (1.0 - a) ** 2 * self.prompt**2 * e
-        # A random prompt can unsettle PCA's order among the large components; floored ones tie, in order.
-        order = np.argsort(-(a**2) * e / s, kind="stable")[: self.rank]
-        # Latents arrive unscaled, so the maps carry the scale.
-        query = spectrum.vectors[:, order] * np.sqrt(scale / s[order])
-        reference = query * a[order]
-        return Fitted(
-            query,
-            reference,
-            spectrum.mean,
-            self.score,
-            spectrum.values,
-            self.name,
-            asdict(self),
-            report=_gallery_report(spectrum, self.rank, len(order)),
+            report=gallery_report(spectrum, self.rank, m),
         )
 
 
@@ -200,7 +129,8 @@ def random_orthonormal(dim: int, rank: int, seed: int, against: np.ndarray | Non
     return fix_signs(draws)
 
 
-def _available(rank: int | None, spectrum: Spectrum) -> int:
+def available_rank(rank: int | None, spectrum: Spectrum) -> int:
+    """Return how many directions of the asked rank (None: all) the gallery has, or raise if none."""
     if rank is not None:
         check_rank(rank, spectrum.dim)
     if spectrum.rank < 1:
@@ -212,7 +142,8 @@ def _available(rank: int | None, spectrum: Spectrum) -> int:
     return spectrum.rank if rank is None else min(rank, spectrum.rank)
 
 
-def _gallery_report(spectrum: Spectrum, asked: int | None, kept: int) -> dict[str, Any]:
+def gallery_report(spectrum: Spectrum, asked: int | None, kept: int) -> dict[str, Any]:
+    """Say what the gallery's covariance had to give."""
     span = spectrum.n < spectrum.dim
     text = (
         f"The covariance of {spectrum.n} rows has {spectrum.rank} of {spectrum.dim} directions with variance."

@@ -50,6 +50,11 @@ class Projection:
     score
         "cosine": rows are L2-normalised (zero rows stay zero). "bias": the inner product plus the
         reference bias -||r||^2 / 2, carried by one more column, so that a plain inner product is the score.
+    query_center
+        (d,) subtracted from queries in the place of `center`, where translations have a mean of their own.
+    norm_map
+        (d, k), under the cosine alone: rows are divided by their norm under this map, not by their own.
+        For queries that changes no ranking.
     spectrum
         Values the method read off the data; `truncated` leaves them whole.
     method, knobs
@@ -78,23 +83,36 @@ class Projection:
     used_identities: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
     seed: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    query_center: np.ndarray | None = None
+    norm_map: np.ndarray | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         same = self.reference_map is self.query_map
         query = np.asarray(self.query_map, dtype=np.float32)
         reference = query if same else np.asarray(self.reference_map, dtype=np.float32)
-        center = None if self.center is None else np.asarray(self.center, dtype=np.float32)
+        center, query_center, norm_map = (
+            None if part is None else np.asarray(part, dtype=np.float32)
+            for part in (self.center, self.query_center, self.norm_map)
+        )
         if query.ndim != 2 or query.shape != reference.shape:
             raise SolverUsageError(
                 f"Both maps must have one shape (d, m); got {query.shape} and {reference.shape}. "
                 "Pass the same array twice for a symmetric map."
             )
-        if center is not None and center.shape != query.shape[:1]:
-            raise SolverUsageError(f"The centre must have the shape {query.shape[:1]}, not {center.shape}.")
+        for row in (center, query_center):
+            if row is not None and row.shape != query.shape[:1]:
+                raise SolverUsageError(f"A centre must have the shape {query.shape[:1]}, not {row.shape}.")
         if self.score not in SCORES:
             raise SolverUsageError(f"The score must be one of {', '.join(SCORES)}, not {self.score!r}.")
-        parts: dict[str, Any] = {"query map": query, "reference map": reference, "centre": center}
+        _check_norm_map(norm_map, len(query), self.score)
+        parts: dict[str, Any] = {
+            "query map": query,
+            "reference map": reference,
+            "centre": center,
+            "queries' centre": query_center,
+            "norm map": norm_map,
+        }
         for name, value in parts.items():
             if value is not None and not np.isfinite(value).all():
                 raise SolverUsageError(f"The {name} holds values that are not finite; the fit has failed.")
@@ -102,6 +120,8 @@ class Projection:
             "query_map": query,
             "reference_map": reference,
             "center": center,
+            "query_center": query_center,
+            "norm_map": norm_map,
             "spectrum": np.asarray(self.spectrum, dtype=np.float64),
             "used_identities": as_hashes(np.asarray(self.used_identities, dtype=np.uint64)),
         }
@@ -128,6 +148,9 @@ class Projection:
 
         Float16 rows are computed and returned in float32; float64 rows stay float64.
         """
+        return self._mapped(self._centred(x, side), side)
+
+    def _centred(self, x: Any, side: str) -> Any:
         xp = namespace(x)
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise SolverUsageError(
@@ -138,28 +161,43 @@ class Projection:
             raise SolverUsageError(f"The side must be 'query' or 'reference', not {side!r}.")
         if x.dtype != xp.float64:
             x = xp.astype(x, xp.float32, copy=False)
-        if self.center is not None:
-            x = x - self._placed("center", x)
+        name = "query_center" if side == "query" and self.query_center is not None else "center"
+        return x if getattr(self, name) is None else x - self._placed(name, x)
+
+    def _mapped(self, centred: Any, side: str) -> Any:
         name = "query_map" if side == "query" else "reference_map"
-        return x if self._is_identity(name) else x @ self._placed(name, x)
+        return centred if self._is_identity(name) else centred @ self._placed(name, centred)
 
     def queries(self, x: Any) -> Any:
         """Project query rows; their inner product with `references` rows is the score."""
-        rows = self.coordinates(x, "query")
         if self.score == "cosine":
-            return _normalised(rows)
+            return self._normalised(x, "query")
+        rows = self.coordinates(x, "query")
         xp = namespace(rows)
         return xp.concat([rows, xp.ones_like(rows[:, :1])], axis=1)
 
     def references(self, x: Any) -> Any:
         """Project reference rows."""
-        rows = self.coordinates(x, "reference")
         if self.score == "cosine":
-            return _normalised(rows)
+            return self._normalised(x, "reference")
+        rows = self.coordinates(x, "reference")
         xp = namespace(rows)
         return xp.concat([rows, -0.5 * xp.sum(rows * rows, axis=1, keepdims=True)], axis=1)
 
     __call__ = queries
+
+    def _normalised(self, x: Any, side: str) -> Any:
+        centred = self._centred(x, side)
+        rows = self._mapped(centred, side)
+        measured = rows if self.norm_map is None else centred @ self._placed("norm_map", centred)
+        xp = namespace(rows)
+        # Scaled by the largest entry first, so that tiny rows neither underflow nor turn into zero.
+        peak = xp.max(xp.abs(measured), axis=1, keepdims=True)
+        one = xp.ones_like(peak)
+        some = peak > 0
+        peak = xp.where(some, peak, one)
+        norm = xp.sqrt(xp.sum((measured / peak) ** 2, axis=1, keepdims=True))
+        return xp.where(some, rows / peak / xp.where(some, norm, one), xp.zeros_like(rows))
 
     def truncated(self, m: int) -> Projection:
         """Keep the first m columns: for methods with nested ranks, the fit of rank m."""
@@ -193,8 +231,9 @@ class Projection:
         tensors["used_identities"] = self.used_identities
         if not self.symmetric:
             tensors["reference_map"] = self.reference_map
-        if self.center is not None:
-            tensors["center"] = self.center
+        for name in ("center", "query_center", "norm_map"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
         info = {
             name: getattr(self, name)
             for name in ("score", "method", "knobs", "space_id", "data_hash", "seed", "provenance")
@@ -219,6 +258,8 @@ class Projection:
                 query,
                 tensors.get("reference_map", query),
                 center=tensors.get("center"),
+                query_center=tensors.get("query_center"),
+                norm_map=tensors.get("norm_map"),
                 spectrum=tensors["spectrum"],
                 used_identities=tensors["used_identities"],
                 **info,
@@ -248,14 +289,16 @@ class Projection:
         return bool(self._cache[key])
 
 
-def _normalised(rows: Any) -> Any:
-    xp = namespace(rows)
-    # Scaled by the largest entry first, so that tiny rows neither underflow nor turn into zero.
-    peak = xp.max(xp.abs(rows), axis=1, keepdims=True)
-    one = xp.ones_like(peak)
-    rows = rows / xp.where(peak > 0, peak, one)
-    norm = xp.sqrt(xp.sum(rows * rows, axis=1, keepdims=True))
-    return rows / xp.where(norm > 0, norm, one)
+def _check_norm_map(norm_map: np.ndarray | None, dim: int, score: str) -> None:
+    if norm_map is None:
+        return
+    if score != "cosine":
+        raise SolverUsageError(
+            f"A norm map divides the rows of a cosine; under the score {score!r} it has no meaning. "
+            "Leave it out, or use the cosine."
+        )
+    if norm_map.ndim != 2 or norm_map.shape[0] != dim:
+        raise SolverUsageError(f"The norm map must have {dim} rows; got the shape {norm_map.shape}.")
 
 
 def _jsonable(value: Any) -> Any:

@@ -12,6 +12,7 @@ from .gallery_maps import Centred, Identity, Pca, RandomSubspace
 from .metrics import Ranking
 from .projection import Projection
 from .rank import check_rank
+from .weighted import NormWeighted
 
 
 def choose(
@@ -44,7 +45,7 @@ def choose(
 
 
 def controls(data: PairData, rank: int, *, seed: int = 0) -> dict[str, Projection]:
-    """Fit what must stand beside each W: raw, centred, PCA-whitened (both exponents), a random subspace.
+    """Fit what must stand beside each W: raw, centred, norm-weighted, PCA-whitened (both), a random subspace.
 
     One spectrum of the gallery serves all. The whitenings come at the given rank and, where the gallery
     spans more, over its full span: the best of them counts.
@@ -54,6 +55,7 @@ def controls(data: PairData, rank: int, *, seed: int = 0) -> dict[str, Projectio
     found = {
         "raw": raw,
         "centred": replace(raw, center=data.gallery_spectrum.mean, method=Centred.name),
+        "norm-weighted": NormWeighted().fit(data).projection(),
     }
     span = data.gallery_spectrum.rank
     for exponent, sign in ((0.25, "¼"), (0.5, "½")):

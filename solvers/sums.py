@@ -330,6 +330,10 @@ def _grouped(o: Any, g: Any, of: np.ndarray, precision: Precision) -> tuple[Any,
     # Sorted, an origin's translations lie together: one short look at each, while it is in the cache.
     t, summed = g.astype(o.dtype), np.zeros_like(o)
     edges = np.flatnonzero(np.diff(of, prepend=-1, append=-1))
+    if len(edges) == len(of) + 1:  # one each: nothing to add up
+        t -= o[of]
+        summed[of] = t
+        return t, summed, np.bincount(of, minlength=len(o)).astype(o.dtype)
     for first, end in pairwise(edges.tolist()):
         own = t[first:end]
         own -= o[of[first]]

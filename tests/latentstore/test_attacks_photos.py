@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from store_worlds import encode_patch, picture
 
-from latentstore.attacks import crop, jpeg
+from latentstore.attacks import blur, colour, crop, jpeg, noise, shrink
 from latentstore.encode import Source
 from latentstore.errors import MissingExtraError, UsageError
 from latentstore.photos import bundled, tiles, write_tiles
@@ -41,6 +41,52 @@ def test_worse_jpeg_is_worse():
 def test_jpeg_bounds(quality):
     with pytest.raises(UsageError, match="from 1 to 95"):
         jpeg(quality)
+
+
+@pytest.mark.parametrize("attack", [blur(2), noise(20), colour(0.3)], ids=lambda a: a.name)
+def test_attacks_change_values_not_size(attack):
+    out = attack(IMAGE, 3)
+    assert (out.mode, out.size) == ("RGB", IMAGE.size)
+    assert (array(out) != array(IMAGE)).any()
+    np.testing.assert_array_equal(array(out), array(attack(IMAGE, 3)))
+    drawn = (array(out) != array(attack(IMAGE, 4))).any()
+    assert drawn == ("blur" not in attack.name)
+
+
+def test_blur_keeps_the_mean_and_takes_the_detail():
+    photo = noisy(1, 100, 60)
+    out = array(blur(3)(photo, 0))
+    assert abs(out.mean() - array(photo).mean()) < 1.0  # rounding, and borders that are repeated
+    assert np.abs(np.diff(out, axis=1)).mean() < 0.1 * np.abs(np.diff(array(photo), axis=1)).mean()
+
+
+def test_noise_has_the_deviation_that_was_asked_for():
+    grey = Image.new("RGB", (200, 200), (128, 128, 128))
+    error = array(noise(10)(grey, 0)) - 128
+    # 120,000 draws know their deviation to 10 / sqrt(240,000) = 0.02; rounding adds 1/12 to the variance.
+    assert abs(error.std() - np.sqrt(100 + 1 / 12)) < 0.1
+    assert abs(error.mean()) < 0.15
+
+
+def test_colour_is_one_curve_for_each_channel():
+    before, after = array(IMAGE), array(colour(0.5)(IMAGE, 1))
+    for channel in range(3):
+        order = np.argsort(before[..., channel].ravel(), kind="stable")
+        assert (np.diff(after[..., channel].ravel()[order]) >= 0).all()
+
+
+def test_shrink():
+    assert shrink(0.25)(IMAGE, 0).size == (25, 15)
+    assert shrink(0.001)(IMAGE, 0).size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [(blur, 0), (blur, float("nan")), (noise, -1), (colour, 0), (colour, float("inf")), (shrink, 1)],
+)
+def test_attacks_refuse_nothing_and_nonsense(make, value):
+    with pytest.raises(UsageError, match=str(value)):
+        make(value)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.875, 0.999])

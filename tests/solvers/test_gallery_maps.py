@@ -63,78 +63,9 @@ def test_random_subspace_is_orthonormal_nested_and_seeded(rows):
     assert subspace_angles(W, RandomSubspace(20, 2).fit(data).query_map).max() > 0.5
 
 
-def _bayes(alpha_bar, prompt, gallery, queries, references):
-    """log N(g; a o, s) from the covariance itself: no shared code, no eigenvalue trick beyond eigh."""
-    mu = gallery.mean(axis=0)
-    cov = np.cov(gallery.T, bias=True)
-    c = 1 / np.sqrt(np.trace(cov) / len(cov))
-    e, V = np.linalg.eigh(cov * c**2)
-    e = np.maximum(e, 1e-4 * e.max())
-    h = np.sqrt(alpha_bar) * e / (alpha_bar * e + 1 - alpha_bar)
-    a = np.sqrt(alpha_bar) * h
-    s = h**2 * (1 - alpha_bar) + e * (1 - alpha_bar) / (alpha_bar * e + 1 - alpha_bar)
-    s = s + (1 - a) ** 2 * prompt**2 * e
-    g, o = (queries - mu) * c @ V, (references - mu) * c @ V
-    return -0.5 * (((g[:, None] - a * o[None]) ** 2) / s).sum(axis=2)
-
-
-@pytest.mark.parametrize("n", [40, 300], ids=["span", "primal"])
-@pytest.mark.parametrize("prompt", [0.0, 0.4])
-@pytest.mark.parametrize("alpha_bar", [0.1, 0.7])
-def test_bias_score_is_the_bayes_likelihood(rows, n, prompt, alpha_bar):
-    gallery = rows[:n]
-    _, g, _ = gaussian(D, 20, 1)
-    queries = g.astype(np.float64)
-    fitted = Analytic(alpha_bar, None, prompt, "bias").fit(PairData.from_gallery(gallery))
-    assert fitted.rank == min(D, n - 1)
-    p = fitted.projection()
-    scores = p.queries(queries) @ p.references(gallery).T
-    truth = _bayes(alpha_bar, prompt, gallery, queries, gallery)
-    # Equal up to a constant for each query; float32 maps cost some eps32 of the score's terms.
-    offset = scores - truth
-    spread = np.ptp(offset, axis=1).max()
-    assert spread < 1e-4 * np.ptp(truth, axis=1).min()
-    assert (scores.argmax(axis=1) == truth.argmax(axis=1)).all()
-    # The contrary: cosine is another ranking.
-    cosine = p.with_score("cosine")
-    other = cosine.queries(queries) @ cosine.references(gallery).T
-    assert (np.argsort(other, axis=1) != np.argsort(truth, axis=1)).any()
-
-
-def test_analytic_ignores_the_scale_of_latents_and_beats_the_controls():
-    o, g, y = gaussian(D, 150, 2, extra=300)
-
-    def score(projection, factor=1.0):
-        return average_precision(
-            projection.queries(g * factor), y, projection.references(o * factor), np.arange(len(o))
-        ).map
-
-    data = PairData.from_gallery(o)
-    bayes = Analytic(0.3, None, score="bias").fit(data).projection()
-    scaled = Analytic(0.3, None, score="bias").fit(PairData.from_gallery(o * 7)).projection()
-    assert score(bayes) == pytest.approx(score(scaled, 7.0), abs=1e-3)
-    others = controls(PairData.from_gallery(o), 32)
-    assert score(bayes) > max(score(p) for p in others.values())
-
-
-def test_analytic_ranks_are_nested_in_pca_order(rows):
-    data = PairData.from_gallery(rows)
-    wide, narrow = Analytic(rank=None).fit(data), Analytic(rank=9).fit(data)
-    assert np.array_equal(wide.query_map[:, :9], narrow.query_map)
-    assert subspace_angles(narrow.query_map, Pca(9).fit(data).query_map).max() < 1e-10
-
-
-@pytest.mark.parametrize(
-    "knobs", [{"alpha_bar": 0.0}, {"alpha_bar": 1.0}, {"prompt": -1.0}, {"score": "dot"}]
-)
-def test_analytic_refuses_bad_knobs(knobs):
-    with pytest.raises(SolverUsageError):
-        Analytic(**knobs)
-
-
 def test_equal_rows_are_refused():
     with pytest.raises(SolverUsageError, match="equal"):
-        Analytic(rank=4).fit(PairData.from_gallery(np.ones((10, D))))
+        Pca(4).fit(PairData.from_gallery(np.ones((10, D))))
     with pytest.raises(SolverUsageError, match="0 rows"):
         Centred().fit(PairData.from_gallery(np.ones((0, D))))
 
@@ -145,6 +76,7 @@ def test_controls_stand_beside_every_w(rows):
     assert list(found) == [
         "raw",
         "centred",
+        "norm-weighted",
         "PCA-whitened ¼",
         "PCA-whitened ¼, all",
         "PCA-whitened ½",

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 from solver_worlds import gaussian, planted
 
-from solvers.closed import Analytic, GeneralisedNull, NullSpace, PairData, Pca, RandomSubspace
+from solvers.closed import (
+    Analytic,
+    Cca,
+    GeneralisedNull,
+    Kissme,
+    NullSpace,
+    PairData,
+    Pca,
+    Plda,
+    Procrustes,
+    RandomSubspace,
+    Regression,
+)
 from solvers.methods import METHODS
 from solvers.sgd import ArraySource, CosFace
 
@@ -20,6 +32,11 @@ METHODS_WITH_PREFIXES = [
     Analytic(0.2, TOP),
     Analytic(0.2, TOP, prompt=2.0, score="bias"),
     Pca(TOP, 0.5),
+    Plda(TOP),
+    Cca(TOP),
+    Regression(TOP, score="cosine"),
+    Procrustes(TOP),
+    Kissme(TOP),
     RandomSubspace(TOP),
 ]
 
@@ -91,5 +108,5 @@ def test_cosface_is_not_nested_and_says_so():
 
 def test_every_method_declares_whether_its_ranks_are_nested():
     nested = {name for name, method in METHODS.items() if method.nested_ranks}
-    assert {"svd", "gnull", "analytic", "pca"} <= nested
-    assert not nested & {"cosface", "identity", "centred"}
+    assert {"svd", "gnull", "analytic", "pca", "plda", "cca", "regression", "procrustes", "kissme"} == nested
+    assert not nested & {"cosface", "identity", "centred", "norm-weighted"}

@@ -204,3 +204,60 @@ def test_metadata_is_json(projection, tmp_path):
     projection.save(tmp_path / "W.safetensors")
     with safe_open(tmp_path / "W.safetensors", framework="numpy") as handle:
         assert json.loads(handle.metadata()["info"])["method"] == "analytic"
+
+
+def weighted(score="cosine", **parts):
+    rng = np.random.default_rng(2)
+    maps = rng.standard_normal((2, D, M))
+    return Projection(*maps, center=rng.standard_normal(D), score=score, **parts)
+
+
+def test_queries_may_have_a_centre_of_their_own(rows):
+    own = np.random.default_rng(3).standard_normal(D).astype(np.float32)
+    p, shared = weighted(query_center=own), weighted()
+    assert np.array_equal(p.references(rows), shared.references(rows))
+    moved = rows - own + shared.center
+    assert np.abs(p.queries(rows) - shared.queries(moved)).max() < 1e-5
+    assert np.abs(p.queries(rows) - shared.queries(rows)).max() > 0.01
+    with pytest.raises(SolverUsageError, match="centre"):
+        weighted(query_center=own[:-1])
+
+
+def test_a_norm_map_divides_instead_of_the_own_norm(rows):
+    norm_map = np.random.default_rng(4).standard_normal((D, 5)).astype(np.float32)
+    p = weighted(norm_map=norm_map)
+    for side, found in (("query", p.queries(rows)), ("reference", p.references(rows))):
+        norm = np.linalg.norm((rows - p.center) @ norm_map, axis=1, keepdims=True)
+        assert np.abs(found - p.coordinates(rows, side) / norm).max() < 1e-5 * np.abs(found).max()
+    # Each query is divided by one number: its ranking is that of the references' norm alone.
+    scores = p.queries(rows) @ p.references(rows).T
+    plain = p.coordinates(rows) @ p.references(rows).T
+    assert np.array_equal(np.argsort(scores, axis=1), np.argsort(plain, axis=1))
+    # A row without a norm, the centre itself, scores zero.
+    assert not p.references(p.center[None]).any()
+    with pytest.raises(SolverUsageError, match="no meaning"):
+        p.with_score("bias")
+    with pytest.raises(SolverUsageError, match=f"{D} rows"):
+        weighted(norm_map=norm_map[:-1])
+    with pytest.raises(SolverUsageError, match="norm map"):
+        weighted(norm_map=np.full((D, 2), np.nan))
+
+
+def test_centres_and_norm_map_are_kept_by_files_and_prefixes(rows, tmp_path):
+    rng = np.random.default_rng(5)
+    p = weighted(query_center=rng.standard_normal(D), norm_map=rng.standard_normal((D, 5)))
+    p.save(tmp_path / "W.safetensors")
+    again = Projection.load(tmp_path / "W.safetensors")
+    assert np.array_equal(again.queries(rows), p.queries(rows))
+    assert np.array_equal(again.references(rows), p.references(rows))
+    short = p.truncated(4)
+    assert np.array_equal(short.norm_map, p.norm_map)
+    assert np.array_equal(short.query_center, p.query_center)
+    assert short.rank == 4
+    tensors = torch.from_numpy(rows)
+    assert np.abs(to_host(p.queries(tensors)) - p.queries(rows)).max() < 1e-4
+    # A file from before there were any has neither.
+    weighted().save(tmp_path / "old.safetensors")
+    old = Projection.load(tmp_path / "old.safetensors")
+    assert old.query_center is None
+    assert old.norm_map is None
