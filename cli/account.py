@@ -29,7 +29,7 @@ def solver_figures(method: str, facts: dict[str, Any]) -> list[Figure]:
 
 
 def solver_curves(method: str, facts: dict[str, Any], choices: list[dict[str, Any]]) -> list[Curve]:
-    """Return CosFace's course of training, or gnull's validation mAP over λ, as curves."""
+    """Return CosFace's course of training, or validation's mAP over λ, as curves."""
     history = facts.get("history")
     if history:
         seen = [h for h in history if h["loss"] is not None]
@@ -43,15 +43,29 @@ def solver_curves(method: str, facts: dict[str, Any], choices: list[dict[str, An
             x, y = [h["step"] for h in judged], [100 * h["map"] for h in judged]
             out.append(Curve("CosFace: validation mAP", "mAP", x, y, "step", "validation mAP, %"))
         return out
-    if method == "gnull" and choices:
-        x = [c["knobs"]["lam"] for c in choices]
-        y = [100 * c["map"] for c in choices]
-        return [
-            Curve(
-                "gnull: validation mAP by λ", "gnull", x, y, "λ (mean diagonal of Σt)", "mAP, %", x_log=True
-            )
-        ]
-    return []
+    return _ridge_curves(method, choices)
+
+
+def _ridge_curves(method: str, choices: list[dict[str, Any]]) -> list[Curve]:
+    """Return validation mAP over λ, a line for each score where several were tried."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for choice in choices:
+        knobs = choice["knobs"]
+        if "lam" in knobs:
+            label = f"{method}, {knobs['score']}" if "score" in knobs else method
+            lines.setdefault(label, []).append((float(knobs["lam"]), 100 * choice["map"]))
+    return [
+        Curve(
+            f"{method}: validation mAP by λ",
+            label,
+            [x for x, _ in points],
+            [y for _, y in points],
+            "λ (mean diagonal of Σt)" if method == "gnull" else "λ",
+            "mAP, %",
+            x_log=True,
+        )
+        for label, points in lines.items()
+    ]
 
 
 def summary(evaluation: Evaluation, facts: dict[str, Any], queries: Queries) -> list[str]:

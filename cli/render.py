@@ -201,9 +201,8 @@ def solved(result: Solved, path: Path) -> str:
         )
     if facts.get("statement"):
         lines.append(f"  {facts['statement']}")
-    chosen = result.projection.knobs.get("lam")
-    if result.facts["choices"] and chosen is not None:
-        lines.append(f"  λ = {chosen:g}, chosen on validation among {len(result.facts['choices'])}")
+    if facts["chosen"]:
+        lines.append(f"  {facts['chosen']}")
     residual = {f.subject: f for f in result.report.figures if f.name == "held-out residual"}
     if residual:
         own, random = (residual[s].value for s in (result.projection.method, "random subspace"))
@@ -211,7 +210,11 @@ def solved(result: Solved, path: Path) -> str:
         lines.append(
             f"  held-out ‖TW‖/‖(O−μ)W‖ = {own:.3f} on {n} test pairs; a random subspace: {random:.3f}"
         )
-    return "\n".join([*lines, *_measured(result.report)])
+    if result.report.settings["method"] == "auto":
+        from cli.render_auto import tried
+
+        lines += ["", tried(facts["choices"])]
+    return "\n".join([*lines, *_measured(result.report, above=(facts["chosen"], facts.get("statement")))])
 
 
 def evaluated(report: Report) -> str:
@@ -219,7 +222,8 @@ def evaluated(report: Report) -> str:
     return "\n".join([report.title, *_measured(report)])
 
 
-def _measured(report: Report) -> list[str]:
+def _measured(report: Report, above: tuple[str | None, ...] = ()) -> list[str]:
+    """Return the figures of every group, then what is to be said of them and was not said above."""
     groups = list(dict.fromkeys(f.group for f in report.figures if f.name == "mAP"))
     out = []
     for group in groups:
@@ -227,14 +231,9 @@ def _measured(report: Report) -> list[str]:
     return [
         *out,
         "",
-        *(s for s in report.summary if s not in _statement(report)),
+        *(s for s in report.summary if s not in above),
         *(f"Note: {c}" for c in report.caveats),
     ]
-
-
-def _statement(report: Report) -> list[str]:
-    # Already printed above the table.
-    return report.summary[1:] if report.kind == "solve" else []
 
 
 def matched(found: MatchResult) -> str:

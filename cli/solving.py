@@ -2,91 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cli import account, measure
-from cli.collection import Collection
+from cli import account, auto, choosing, measure
+from cli.collection import Collection, Queries
+from cli.knobs import AUTO, STORED, SolveOptions, check_name, has_rank
+from cli.simulating import SimulatedPairs
+from cli.training import Progress, fit_cosface
 from latentstore import results
 from latentstore._version import __version__
 from latentstore.errors import UsageError
 from latentstore.results import Report
+from latentstore.schema import check_space
+from solvers.data import PairData
 from solvers.errors import NoPairsError
 from solvers.methods import build, check_rank, get
-from solvers.metrics import Ranking, average_precision
 from solvers.nullspace import difference_facts
 from solvers.projection import Projection, identity_hash
 
-LAMBDAS = (0.1, 1.0, 10.0, 100.0)
-"""Shrinkages of gnull, in units of Σ_t's mean diagonal, from which validation chooses."""
-
-KNOBS: dict[str, tuple[str, ...]] = {
-    "analytic": ("alpha_bar", "prompt_strength", "score"),
-    "gnull": ("lam",),
-    "cosface": ("preset", "budget", "seed"),
-}
-"""Which method each knob of :class:`SolveOptions` belongs to."""
-
-Progress = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True)
-class SolveOptions:
-    """What ``solve`` was asked for.
-
-    Attributes
-    ----------
-    method : str
-    rank : int
-    alpha_bar, prompt_strength : float
-        Of ``analytic``.
-    score : {"cosine", "bias"}
-        Of ``analytic``.
-    lam : float or None
-        Of ``gnull``; None chooses on validation.
-    preset : {"auto", "paper"}
-        Of ``cosface``.
-    budget : float
-        Seconds that ``cosface --preset auto`` may train on two cores.
-    seed : int
-    """
-
-    method: str = "svd"
-    rank: int = 512
-    alpha_bar: float = 0.1
-    prompt_strength: float = 0.0
-    score: str = "cosine"
-    lam: float | None = None
-    preset: str = "auto"
-    budget: float = 40.0
-    seed: int = 0
-
-    @classmethod
-    def of(cls, method: str, rank: int, **knobs: Any) -> SolveOptions:
-        """Take the knobs that were named (not None), and refuse those of another method.
-
-        Raises
-        ------
-        SolverUsageError, UsageError
-        """
-        get(method)
-        if not 1 <= (knobs.get("budget") or 1) < float("inf"):
-            raise UsageError(f"--budget is {knobs['budget']}; it must be a number of seconds, at least 1.")
-        named = {k: v for k, v in knobs.items() if v is not None}
-        for knob in named:
-            owner = next(m for m, own in KNOBS.items() if knob in own)
-            if owner != method:
-                raise UsageError(
-                    f"--{knob.replace('_', '-')} is a knob of {owner}, and the method is {method}, which "
-                    f"would ignore it. Leave it out, or use --method {owner}."
-                )
-        return cls(method=method, rank=rank, **named)
+_KEPT = ("numerical_rank", "decided_by", "path", "statement", "n_pairs")
+"""What a map's provenance tells of its fit beside the fit's whole account."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +43,25 @@ class Solved:
 
 
 def fit(
-    collection: Collection, options: SolveOptions, *, progress: Progress | None = None
+    collection: Collection,
+    options: SolveOptions,
+    *,
+    asked: Collection | None = None,
+    progress: Progress | None = None,
+    say: auto.Say = lambda text: None,
 ) -> tuple[Projection, dict[str, Any], list[dict[str, Any]]]:
-    """Fit one method on the training split; choose its open knobs on validation.
+    """Fit one method on the training split, or all; choose what is left open on validation.
+
+    Parameters
+    ----------
+    collection : Collection
+    options : SolveOptions
+    asked : Collection, optional
+        Whose validation queries choose; by default the collection's own.
+    progress : callable, optional
+        Takes (step, steps, loss) of a training run.
+    say : callable
+        Takes the lines of ``auto``, one a fit.
 
     Returns
     -------
@@ -114,79 +73,90 @@ def fit(
     NoPairsError
         The method learns from pairs and the store holds none in its training split.
     """
-    rank = check_rank(options.rank, collection.store.layout.dim)
-    method = get(options.method)
+    check_name(options.method)
+    rank = _checked_rank(options, collection.store.layout.dim)
     collection.require_gallery()
-    data = collection.data
-    if method.needs_pairs and not data.n_pairs:
+    simulated = None if options.simulate is None else SimulatedPairs.of(collection, options.simulate)
+    data = collection.data if simulated is None else simulated.data
+    needs_pairs = options.method != AUTO and get(options.method).needs_pairs
+    if needs_pairs and not data.n_pairs:
         raise NoPairsError(_no_pairs(collection, options.method))
-    choices: list[dict[str, Any]] = []
-    chosen_on = np.zeros(0, np.uint64)
-    if options.method == "gnull":
-        fitted, choices = _fit_gnull(collection, data, options, rank)
-    elif options.method == "cosface":
-        fitted, choices = _fit_cosface(collection, options, rank, progress)
-    else:
-        knobs: dict[str, Any] = (
-            {"rank": rank} if "rank" in getattr(method, "__dataclass_fields__", {}) else {}
-        )
-        if options.method == "analytic":
-            knobs |= {
-                "alpha_bar": options.alpha_bar,
-                "prompt": options.prompt_strength,
-                "score": options.score,
-            }
-        fitted = build(options.method, **knobs).fit(data)
-    if choices:
-        queries = collection.queries("validation")
-        chosen_on = identity_hash(measure.used_names(collection, queries.rows))
-    facts = dict(fitted.report)
+    queries = (asked or collection).queries("validation")
+    bare, facts, choices = _fitted(collection, options, rank, queries, simulated, progress, say)
     if data.n_pairs and facts.get("numerical_rank") is None:
         facts |= difference_facts(data)
-    used = chosen_on
-    if method.needs_pairs:
-        learned = measure.used_names(collection, collection.pairs("train")[1])
-        used = np.union1d(used, identity_hash(learned))
-    projection = fitted.projection(
+    used = np.zeros(0, np.uint64)
+    if choices:
+        used = identity_hash(measure.used_names(queries.collection, queries.rows))
+    if get(bare.method).needs_pairs:
+        learned = collection.pairs("train")[1] if simulated is None else simulated.rows
+        used = np.union1d(used, identity_hash(measure.used_names(collection, learned)))
+    projection = replace(
+        bare,
         space_id=collection.store.space.id,
         data_hash=collection.data_hash,
         used_identities=used,
         provenance={
+            **bare.provenance,
             "latentstore": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "store": collection.store.path.name,
             "encoder": collection.store.provenance.get("encoder", {}).get("name"),
-            **{
-                k: facts[k]
-                for k in ("numerical_rank", "decided_by", "path", "statement", "n_pairs")
-                if k in facts
-            },
+            **{k: facts[k] for k in _KEPT if k in facts},
+            **_fitted_on(bare.method, options),
         },
     )
     return projection, facts, choices
 
 
 def solve(
-    store: Path, out: Path, options: SolveOptions, *, progress: Progress | None = None, command: str = ""
+    store: Path,
+    out: Path,
+    options: SolveOptions,
+    *,
+    queries: Path | None = None,
+    progress: Progress | None = None,
+    say: auto.Say = lambda text: None,
+    command: str = "",
 ) -> Solved:
-    """Fit, write the Projection, evaluate it on the test split, and write the results beside it."""
+    """Fit, write the Projection, evaluate it on the test split, and write the results beside it.
+
+    ``queries`` names another store whose validation queries choose and whose test queries measure.
+    """
     began = time.perf_counter()
     check_writable(out)
     collection = Collection.open(store)
-    projection, facts, choices = fit(collection, options, progress=progress)
+    asked = collection
+    if queries is not None:
+        asked = Collection.open(queries)
+        check_space(asked.store.space.id, collection.store.space.id, what=f"--queries {queries}")
+    projection, facts, choices = fit(collection, options, asked=asked, progress=progress, say=say)
     fitted = time.perf_counter()
     projection.save(out)
     control_set = measure.fit_controls(collection, projection.rank)
-    queries = collection.queries("test")
-    evaluation = measure.evaluate(collection, queries, {options.method: projection}, control_set)
-    figures = list(evaluation.figures) + account.solver_figures(options.method, facts)
+    if options.method == AUTO:
+        control_set |= auto.rival(collection, options, choices)
+    test = asked.queries("test")
+    name = options.method if options.method != AUTO else f"auto: {projection.method}"
+    evaluation = measure.evaluate(collection, test, {name: projection}, control_set)
+    figures = list(evaluation.figures) + account.solver_figures(name, facts)
     figures += measure.residuals(collection, projection, control_set["random subspace"], "test")
     timings = {"fit": fitted - began, "evaluate": time.perf_counter() - fitted}
+    simulated, facts["chosen"] = _fitted_on(projection.method, options), _chosen(options, choices)
     report = Report(
         kind="solve",
-        title=f"W by {options.method}, rank {projection.rank}",
-        summary=account.summary(evaluation, facts, queries),
-        data=account.describe(collection, queries, evaluation),
+        title=f"W by {name}, rank {projection.rank}"
+        + (", fitted on simulated translations" * bool(simulated)),
+        summary=[
+            *filter(None, [facts["chosen"]]),
+            *account.summary(evaluation, facts, test),
+        ],
+        data={
+            **account.describe(collection, test, evaluation),
+            **({"training pairs": facts.get("n_pairs")} if simulated else {}),
+            **simulated,
+            **({"tried": choices} if choices else {}),
+        },
         settings={
             "method": options.method,
             "requested rank": options.rank,
@@ -195,8 +165,12 @@ def solve(
         },
         reproduce=[command] if command else [],
         figures=figures,
-        curves=account.solver_curves(options.method, facts, choices),
-        caveats=account.caveats(collection, queries, evaluation),
+        curves=account.solver_curves(projection.method, facts, choices if options.method != AUTO else []),
+        caveats=[
+            *_simulated_caveat(simulated),
+            *facts.get("left out", []),
+            *account.caveats(collection, test, evaluation),
+        ],
         timings=timings,
         **results.stamp(),
     )
@@ -269,8 +243,6 @@ def check_writable(out: Path) -> None:
     ------
     UsageError
     """
-    import os
-
     if out.is_dir():
         raise UsageError(f"{out} is a folder; --out names the file to write.")
     if not out.parent.is_dir():
@@ -291,80 +263,95 @@ def _no_pairs(collection: Collection, method: str) -> str:
     )
 
 
-def _validate(collection: Collection) -> Callable[[Projection], Ranking] | None:
-    """Return a function that ranks validation queries, or None when there are none."""
-    queries = collection.queries("validation")
-    if not len(queries.rows):
-        return None
-    latents = collection.read(queries.rows)
-    rows = measure.affordable(collection, queries, collection.store.layout.dim)
-    references = collection.read(rows)
-    labels, ids = collection.labels(queries.identity), collection.labels(collection.identity[rows])
-
-    def rank(projection: Projection) -> Ranking:
-        return average_precision(projection.queries(latents), labels, projection.references(references), ids)
-
-    return rank
+def _checked_rank(options: SolveOptions, dim: int) -> int | str:
+    """Refuse a rank that cannot be had before anything is read."""
+    if options.method == AUTO:
+        return check_rank(auto.top_rank(options, dim), dim)
+    if not has_rank(options.method):
+        return options.rank
+    if isinstance(options.rank, str):
+        build(options.method, rank=options.rank)
+        return options.rank
+    return check_rank(options.rank, dim)
 
 
-def _fit_gnull(
-    collection: Collection, data: Any, options: SolveOptions, rank: int
-) -> tuple[Any, list[dict[str, Any]]]:
-    from solvers.closed import fit_path
-    from solvers.selection import choose
-
-    validate = _validate(collection) if options.lam is None else None
-    if validate is None:
-        return fit_path(data, [1.0 if options.lam is None else options.lam], rank)[0], []
-    candidates = fit_path(data, LAMBDAS, rank)
-    best, table = choose([c.projection() for c in candidates], validate)
-    return candidates[best], table
-
-
-def _fit_cosface(
-    collection: Collection, options: SolveOptions, rank: int, progress: Progress | None
-) -> tuple[Any, list[dict[str, Any]]]:
-    from solvers.sgd import ArraySource, preset_auto, preset_paper
-
-    origins, translated = collection.pairs("train")
-    own = np.unique(origins)
-    rows = np.concatenate([own, translated])
-    names, labels = np.unique(collection.labels(collection.identity[rows]).astype(str), return_inverse=True)
-    if len(names) < 2:
-        raise UsageError(
-            f"CosFace tells identities apart and needs at least 2 with pairs in the training split; "
-            f"{collection.store.path} has {len(names)}. Encode more images, or use --method analytic."
+def _fitted(
+    collection: Collection,
+    options: SolveOptions,
+    rank: int | str,
+    queries: Queries,
+    simulated: SimulatedPairs | None,
+    progress: Progress | None,
+    say: auto.Say,
+) -> tuple[Projection, dict[str, Any], list[dict[str, Any]]]:
+    """Return the map, still without where it is from, its fit's account and the validation table."""
+    data = collection.data if simulated is None else simulated.data
+    dim = collection.store.layout.dim
+    if options.knobs.get("latent_shape") == STORED:
+        shape = collection.store.space.latent_shape
+        options = replace(options, knobs={**options.knobs, "latent_shape": shape})
+    if options.method == AUTO:
+        judge = choosing.Judge.of(collection, queries, dim)
+        found = auto.fit_auto(
+            collection, data, options, judge, simulated=simulated, progress=progress, say=say
         )
-    if options.preset == "paper":
-        cfg = preset_paper(rank=rank, seed=options.seed)
-    elif options.preset == "auto":
-        cfg = preset_auto(
-            len(names), len(rows), collection.store.layout.dim, options.budget, rank=rank, seed=options.seed
+        return found.projection, {**found.facts, "left out": found.left_out}, found.table
+    if get(options.method).needs_torch:
+        judge = choosing.Judge.of(collection, queries, dim)
+        fitted, choices = fit_cosface(
+            collection, options, int(rank), judge=judge, simulated=simulated, progress=progress
         )
-    else:
-        raise UsageError(f"--preset is {options.preset!r}; use auto or paper.")
-    source = ArraySource(_in_memory(collection, rows), labels)
-    rank_validation = _validate(collection)
-
-    def validate(W: np.ndarray) -> float:
-        assert rank_validation is not None  # noqa: S101 - given to fit only when there is one
-        return rank_validation(Projection(W, W)).map
-
-    fitted = cfg.fit(source, validate=validate if rank_validation else None, progress=progress)
-    history = [h for h in fitted.report["history"] if h["map"] is not None]
-    return fitted, [{"method": "cosface", "knobs": {"step": h["step"]}, "map": h["map"]} for h in history]
+        return fitted.projection(), dict(fitted.report), choices
+    return _closed(collection, data, options, rank, queries)
 
 
-def _in_memory(collection: Collection, rows: Any) -> Any:
-    """Return the latents of rows in the stored dtype, after counting their bytes."""
-    import os
+def _closed(
+    collection: Collection, data: PairData, options: SolveOptions, rank: int | str, queries: Queries
+) -> tuple[Projection, dict[str, Any], list[dict[str, Any]]]:
+    """Fit a closed form; where knobs are open and validation can tell, fit each setting and keep the best."""
+    asked = choosing.settings(options.knobs, choosing.open_knobs(options.method))
+    judge = choosing.Judge.of(collection, queries, collection.store.layout.dim) if len(asked) > 1 else None
+    if judge is None:
+        asked = [dict(options.knobs)]
+    best: tuple[float, Projection, dict[str, Any]] | None = None
+    at = 0
+    choices: list[dict[str, Any]] = []
+    source = data if get(options.method).needs_pairs else collection.data
+    cut = rank if has_rank(options.method) else None
+    for bare, report in choosing.fits(source, options.method, cut, asked):
+        score = 0.0
+        if judge is not None:
+            ranking = judge.ranking(bare)
+            choices.append(choosing.row(bare.method, bare, bare.rank, ranking, control=False))
+            score = ranking.map
+        if best is None or score > best[0]:
+            best = (score, bare, report)
+            at = len(choices) - 1
+    assert best is not None  # noqa: S101 - there is always one setting
+    if choices:
+        choices[at]["chosen"] = True
+    return best[1], best[2], choices
 
-    needed = len(rows) * collection.store.layout.row_bytes
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > 0.8 * have:
-        raise UsageError(
-            f"CosFace keeps its {len(rows)} latents in memory: {needed / 1e9:.1f} GB, and {have / 1e9:.1f} "
-            "GB are free. Use a machine with more memory, or a closed form (svd, gnull, analytic), which "
-            "streams."
-        )
-    return collection.read(rows)
+
+def _chosen(options: SolveOptions, choices: list[dict[str, Any]]) -> str:
+    """Return the sentence on what validation chose; empty where it chose nothing."""
+    if options.method == AUTO:
+        return auto.summary(choices)
+    return choosing.settled(options.method, options.knobs, choices)
+
+
+def _fitted_on(method: str, options: SolveOptions) -> dict[str, str]:
+    """Return what a map on simulated pairs says of them; nothing for any other."""
+    if options.simulate is None or not get(method).needs_pairs:
+        return {}
+    return {"fitted on": f"simulated translations ({options.simulate.name})"}
+
+
+def _simulated_caveat(simulated: Mapping[str, str]) -> list[str]:
+    if not simulated:
+        return []
+    text = (
+        f"W was fitted on {simulated['fitted on']} of the store's own training images: a diffusion model "
+        "that is known exactly, not a text-guided network. What it learned is what that model does."
+    )
+    return [text]

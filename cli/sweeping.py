@@ -5,28 +5,28 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cli import account, measure, solving
+from cli import account, choosing, measure, solving
+from cli.choosing import default_ranks
 from cli.collection import Collection, Queries
+from cli.knobs import AUTO, SolveOptions, check_foreign, has_rank
 from cli.render import percent
 from cli.render_sweep import LEVEL, draw
 from latentstore import results
 from latentstore.errors import UsageError
 from latentstore.results import Curve, Report, Role
 from solvers.gallery_maps import Pca
-from solvers.generalised import fit_path
 from solvers.methods import get
+from solvers.metrics import Ranking, bootstrap
 from solvers.projection import Projection, identity_hash
 from solvers.selection import controls
 
-SMALLEST = 16
-"""First of the default ranks, which double up to the dimension."""
 WHITENED = (("PCA-whitened ¼", 0.25), ("PCA-whitened ½", 0.5))
 COLUMNS = ("method", "rank", "group", "split", "mAP", "lower", "upper", "Acc", "n")
 
@@ -77,16 +77,12 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def default_ranks(dim: int) -> tuple[int, ...]:
-    """Return the powers of two from 16 up to the dimension; the dimension itself where that is smaller."""
-    return tuple(2**k for k in range(SMALLEST.bit_length() - 1, dim.bit_length())) or (dim,)
-
-
 def sweep(
     store: Path,
     method: str = "svd",
     ranks: Sequence[int] | None = None,
     *,
+    knobs: Mapping[str, Any] | None = None,
     refit: bool = False,
     out: Path | None = None,
     plot: Path | None = None,
@@ -95,7 +91,7 @@ def sweep(
 ) -> Swept:
     """Fit a method once, cut W to every rank, choose the rank on validation and report all on test.
 
-    Where several ridges of ``gnull`` are tried, validation chooses one for each rank, as ``solve`` does.
+    Knobs that are left open (a ridge, a score) are chosen on validation for each rank, as ``solve`` does.
 
     Parameters
     ----------
@@ -104,6 +100,8 @@ def sweep(
     method : str
     ranks : sequence of int or None
         None for :func:`default_ranks`; those above what the method can give are dropped, and said to be.
+    knobs : mapping, optional
+        Of the method, as in :class:`SolveOptions`.
     refit : bool
         Fit every rank apart: the only way for a method whose ranks are not nested.
     out : Path or None
@@ -120,21 +118,23 @@ def sweep(
     """
     began = time.perf_counter()
     _check_method(method, refit)
+    knobs = dict(knobs or {})
+    check_foreign(method, list(knobs))
     if out is not None:
         solving.check_writable(out)
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     collection = Collection.open(store)
     dim = collection.store.layout.dim
     asked = tuple(ranks or default_ranks(dim))
-    candidates = _candidates(collection, method, [k for k in asked if k <= dim], refit, progress)
-    if not candidates:
+    options = SolveOptions(method, knobs=knobs)
+    kept, validated = _chosen(collection, options, [k for k in asked if k <= dim], refit, progress)
+    if not kept:
         raise UsageError(
             f"None of the ranks {_listed(asked)} can be had: latents of {store} have {dim} values, and "
             f"{method} finds no such rank in them. Give smaller --ranks."
         )
     fitted = time.perf_counter()
-    kept, validated = _validate(collection, method, candidates)
     best = max(validated, key=lambda p: (p.map, -p.rank)).rank if validated else None
     queries = collection.queries("test")
     measure.require_queries(queries, str(store))
@@ -192,8 +192,13 @@ def write_csv(points: Sequence[Point], path: Path) -> None:
 
 
 def _check_method(method: str, refit: bool) -> None:
+    if method == AUTO:
+        raise UsageError(
+            "The method auto tries many ranks of every method by itself: solve --method auto prints them "
+            "all. Give one method to sweep."
+        )
     known = get(method)
-    if "rank" not in getattr(known, "__dataclass_fields__", {}):
+    if not has_rank(method):
         raise UsageError(
             f"The method {method} has no rank to sweep: it keeps every dimension. It stands in the table of "
             "every other method as a control."
@@ -205,7 +210,13 @@ def _check_method(method: str, refit: bool) -> None:
         )
 
 
-def _check_plot(plot: Path) -> None:
+def check_plot(plot: Path) -> None:
+    """Refuse before any work a plot that could not be written after it.
+
+    Raises
+    ------
+    UsageError
+    """
     if plot.is_dir() or not plot.parent.is_dir() or not os.access(plot.parent, os.W_OK):
         raise UsageError(
             f"--plot is {plot}, and no file can be written there: it must name a file in a folder that "
@@ -213,63 +224,82 @@ def _check_plot(plot: Path) -> None:
         )
 
 
-def _candidates(
+def _chosen(
     collection: Collection,
-    method: str,
+    options: SolveOptions,
     ranks: Sequence[int],
     refit: bool,
     progress: solving.Progress | None,
-) -> dict[int, list[Projection]]:
-    """Return the maps of every rank that can be had; several where validation is to choose among them."""
-    if not ranks:
-        return {}
-    if refit:
-        each = [
-            solving.fit(collection, solving.SolveOptions.of(method, k), progress=progress)[0] for k in ranks
-        ]
-        return {k: [p] for k, p in zip(ranks, each, strict=True) if p.rank == k}
-    top = max(ranks)
-    # Without pairs solve's own refusal is wanted, which knows the store.
-    if method == "gnull" and collection.data.n_pairs:
-        fits = _ridges(collection, top)
-    else:
-        fits = [solving.fit(collection, solving.SolveOptions.of(method, top), progress=progress)[0]]
-    there = min(p.rank for p in fits)
-    return {k: [p.truncated(k) for p in fits] for k in ranks if k <= there}
-
-
-def _ridges(collection: Collection, rank: int) -> list[Projection]:
-    """Fit ``gnull`` with every ridge that validation may choose from; with one where there is none."""
-    collection.require_gallery()
-    lams = solving.LAMBDAS if len(collection.queries("validation").rows) else (1.0,)
-    learned = identity_hash(measure.used_names(collection, collection.pairs("train")[1]))
-    return [
-        fitted.projection(space_id=collection.store.space.id, used_identities=learned)
-        for fitted in fit_path(collection.data, lams, rank)
-    ]
-
-
-def _validate(
-    collection: Collection, method: str, candidates: Mapping[int, list[Projection]]
 ) -> tuple[dict[int, Projection], list[Point]]:
-    """Return the map of every rank that did best on validation, marked as chosen there, and its points."""
-    queries = replace(collection.queries("validation"), group="validation")
-    named = {(k, i): f"{_name(method, k)} #{i}" for k, maps in candidates.items() for i in range(len(maps))}
-    # Choosing may look at what earlier choices looked at; only the report on test may not.
-    unused = np.zeros(0, np.uint64)
-    tried = {named[k, i]: replace(candidates[k][i], used_identities=unused) for k, i in named}
-    evaluation = measure.evaluate(collection, queries, tried, {})
-    if not evaluation.methods:
-        return {k: maps[0] for k, maps in candidates.items()}, []
-    points = _points(evaluation, queries.group, "validation", {named[at]: (method, at[0]) for at in named})
-    by_place = dict(zip(named, points, strict=True))
-    chosen_on = identity_hash(measure.used_names(collection, queries.rows))
-    kept, chosen = {}, []
-    for k, maps in candidates.items():
-        i = max(range(len(maps)), key=lambda i, k=k: by_place[k, i].map)  # type: ignore[misc]
-        kept[k] = maps[i].using(chosen_on)
-        chosen.append(by_place[k, i])
-    return kept, chosen
+    """Return the map of every rank that can be had, and how it did on validation.
+
+    Where a setting of the knobs was left open, it is the one that did best there at that rank. Only the best
+    so far are held: at full rank a map takes as much memory as a covariance.
+    """
+    if not ranks:
+        return {}, []
+    queries = collection.queries("validation")
+    judge = choosing.Judge.of(collection, queries, collection.store.layout.dim)
+    maps = _refitted(collection, options, ranks, progress) if refit else _settings(collection, options, ranks)
+    kept: dict[int, Projection] = {}
+    points: dict[int, Point] = {}
+    for p, own in maps:
+        there = [k for k in own if k <= p.rank]
+        if judge is None:
+            kept |= {k: p.truncated(k) for k in there if k not in kept}
+            continue
+        for k, ranking in judge.prefixes(p, there).items() if there else ():
+            if k not in points or ranking.map > points[k].map:
+                kept[k], points[k] = p.truncated(k), _validated(options.method, k, ranking, judge)
+    if judge is not None:
+        chosen_on = identity_hash(measure.used_names(collection, queries.rows))
+        kept = {k: p.using(chosen_on) for k, p in kept.items()}
+    return {k: kept[k] for k in sorted(kept)}, [points[k] for k in sorted(points)]
+
+
+def _refitted(
+    collection: Collection, options: SolveOptions, ranks: Sequence[int], progress: solving.Progress | None
+) -> Iterator[tuple[Projection, list[int]]]:
+    """Fit every rank apart, as ``solve`` does; a rank that cannot be had is left out."""
+    for k in ranks:
+        p = solving.fit(collection, replace(options, rank=k), progress=progress)[0]
+        if p.rank == k:
+            yield p, [k]
+
+
+def _settings(
+    collection: Collection, options: SolveOptions, ranks: Sequence[int]
+) -> Iterator[tuple[Projection, list[int]]]:
+    """Fit every setting of the open knobs once; without validation the one that is named, or the default."""
+    options, known = replace(options, rank=max(ranks)), get(options.method)
+    asked = choosing.settings(options.knobs, choosing.open_knobs(options.method))
+    alone = len(asked) < 2 or not len(collection.queries("validation").rows)
+    # Without pairs solve's own refusal is wanted, which knows the store.
+    if alone or (known.needs_pairs and not collection.data.n_pairs):
+        yield solving.fit(collection, options)[0], list(ranks)
+        return
+    collection.require_gallery()
+    used = np.zeros(0, np.uint64)
+    if known.needs_pairs:
+        used = identity_hash(measure.used_names(collection, collection.pairs("train")[1]))
+    for p, _ in choosing.fits(collection.data, options.method, options.rank, asked):
+        yield replace(p, space_id=collection.store.space.id, used_identities=used), list(ranks)
+
+
+def _validated(method: str, rank: int, ranking: Ranking, judge: choosing.Judge) -> Point:
+    groups = judge.groups[ranking.queries]
+    interval = bootstrap(ranking.ap, groups) if len(np.unique(groups)) > 1 else None
+    return Point(
+        method,
+        rank,
+        "validation",
+        "validation",
+        "method",
+        ranking.map,
+        interval,
+        ranking.acc,
+        len(ranking.ap),
+    )
 
 
 def _controls(collection: Collection, ranks: Sequence[int]) -> dict[str, Projection]:

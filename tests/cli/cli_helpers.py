@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from cli.workflows import run_encode
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -16,3 +19,30 @@ def picture(seed: int, size: int = 96) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return small.resize((size, size), Image.Resampling.BICUBIC)
+
+
+SPLITS: Mapping[str, range] = {"train": range(48), "validation": range(48, 72), "test": range(72, 108)}
+
+
+def pair_store(
+    folder: Path,
+    share: float,
+    *,
+    role: str = "translation",
+    splits: tuple[str, ...] = ("train", "validation", "test"),
+    name: str = "pairs.zarr",
+) -> Path:
+    """Encode 108 pictures (64 values each), and in some splits each blended with another one by a share."""
+    lines = ["path,identity,role,split"]
+    for split, numbers in SPLITS.items():
+        for i in numbers:
+            own = picture(i, 32)
+            own.save(folder / f"{i}.png")
+            lines.append(f"{i}.png,{i},origin,{split}")
+            if split in splits:
+                Image.blend(own, picture(10_000 + i, 32), share).save(folder / f"{i}b.png")
+                lines.append(f"{i}b.png,{i},{role},{split}")
+    listed = folder / f"{name}.csv"
+    listed.write_text("\n".join(lines) + "\n")
+    run_encode(folder, folder / name, manifest=listed, image_size=32)
+    return folder / name

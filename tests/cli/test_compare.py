@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 
 from cli.app import app
 from cli.collection import Collection
+from cli.likeness import cosine, span
+from cli.refitting import jackknife_error
+from latentstore.report.plots import PAPER
 from latentstore.results import load
 from latentstore.store import open_store
 from solvers.closed import GeneralisedNull, PairData
@@ -182,7 +185,7 @@ def test_cross_residuals_stand_beside_a_random_subspace(pairs: str) -> None:
 
 def test_svd_is_said_to_be_one_by_construction(pairs: str) -> None:
     text = said("--store", pairs, "--rank", "8", "--repeats", "2", "--method", "svd")
-    assert "blur × noise, resampled: cos φ = 1.00000000 over 2 fits, 1 by construction" in text
+    assert "blur × noise, resampled: cos φ = 1 over 2 fits, 1 by construction" in text
     assert "lie outside the random band, 0 inside, and 3 are 1 by construction" in text
 
 
@@ -197,3 +200,89 @@ def test_refits_that_say_nothing_are_refused(pairs: str, here: Path) -> None:
     assert f"latents of {dim}." in text
     CliRunner().invoke(app, ["encode", "images", "--store", "alone.zarr", "--image-size", "32"])
     assert "holds no training pairs" in said("--store", "alone.zarr", "--rank", "4", code=2)
+
+
+def test_cosines_near_one_are_told_from_their_band() -> None:
+    assert cosine(0.5) == "0.500000"
+    assert cosine(1 - 2.5e-6) == "1 − 2.50e-06"
+    assert cosine(1 - 2.5e-6) != cosine(1 - 2.6e-6), "eight digits would tell them apart no more"
+    assert cosine(1.0) == cosine(1 + 2e-16) == "1"
+    assert span(0.5, 0.9) == "0.500000 to 0.900000"
+    assert span(1 - 3e-4, 1 - 2e-5) == "1 − 3.00e-04 to 1 − 2.00e-05"
+
+
+def test_the_plot_shows_every_map_beside_gaussian_matrices(files: dict[str, str], tmp_path: Path) -> None:
+    said(files["g1"], files["steep"], "--plot", "spectra.png", "--out", "compare.json")
+    report = load(tmp_path / "compare.json")
+    drawn = [c for c in report.curves if c.plot == "spectrum"]
+    assert [(c.label, c.role) for c in drawn] == [
+        ("g1", "method"), ("steep", "method"), (f"Gaussian {D} × {M}", "control"),
+    ]  # fmt: skip
+    assert all(c.y_log for c in drawn)
+    with Image.open(tmp_path / "spectra.png") as image:
+        colours = {c for _, c in image.convert("RGB").getcolors(image.width * image.height) or []}
+    for name in ("m1", "m2", "control"):
+        rgb = tuple(int(PAPER[name][i : i + 2], 16) for i in (1, 3, 5))
+        assert rgb in colours, name
+    for nowhere in (str(tmp_path), "nowhere/spectra.png"):
+        assert "--plot is" in said(files["g1"], files["g2"], "--plot", nowhere, code=2)
+
+
+def test_the_jackknife_is_that_of_parts_left_out(pairs: str) -> None:
+    report = json.loads(said("--store", pairs, "--rank", "8", "--jackknife", "4", "--json"))
+    held = Collection.open(Path(pairs))
+    o, g = held.pairs("train")
+    # The parts again, from the photos alone.
+    part_of = {row: t.part for t in held.pair_pass("train", parts=4).tasks for row in t.translations.tolist()}
+    part = np.array([part_of[row] for row in g.tolist()])
+    for photo in set(held.group[g]):
+        assert len(set(part[held.group[g] == photo])) == 1, "a photo's pairs are left out together"
+
+    def sigma(model: str, without: int | None) -> np.ndarray:
+        kept = (held.model[g] == model) & (part != without)
+        read = (held.read(rows[kept]).astype(np.float64) for rows in (o, g))
+        return np.linalg.svd(GeneralisedNull(8).fit(PairData.from_arrays(*read)).query_map, compute_uv=False)
+
+    left = np.array([cos_phi(sigma("blur", i), sigma("noise", i)) for i in sorted(set(part))])
+    whole = cos_phi(sigma("blur", None), sigma("noise", None))
+    n = len(left)
+    error = np.sqrt((n - 1) / n * ((left - left.mean()) ** 2).sum())
+    value = {(f["name"], f["group"]): f["value"] for f in report["figures"] if f["role"] == "method"}
+    group = "blur × noise, jackknife"
+    # The fits here are in float64 from the start, those of the store in tiles of float32.
+    assert value["cos φ", group] == pytest.approx(whole, abs=1e-5)
+    assert value["cos φ, jackknife standard error", group] == pytest.approx(error, rel=1e-2)
+    assert ("cos φ", "blur × without a part") in value
+    assert not [name for name, at in value if "jackknife" in name and at != group], (
+        "no ± of a map with itself"
+    )
+    assert any("delete-one-group jackknife over 4 parts" in c for c in report["caveats"])
+    assert report["settings"]["jackknife parts"] == 4
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = np.random.default_rng(0).normal(size=20)
+    left = np.array([np.delete(x, i).mean() for i in range(len(x))])
+    assert jackknife_error(left) == pytest.approx(x.std(ddof=1) / np.sqrt(len(x)), rel=1e-12)
+
+
+def test_every_closed_method_that_learns_from_pairs_is_refitted(pairs: str) -> None:
+    spreads = {}
+    for method in ("plda", "cca", "regression", "procrustes", "kissme"):
+        report = json.loads(
+            said("--store", pairs, "--rank", "4", "--repeats", "2", "--method", method, "--json")
+        )
+        spreads[method] = [f["value"] for f in report["figures"] if f["name"] == "cos φ"]
+        assert {c["label"] for c in report["curves"]} >= {"W of blur", "W of noise"}
+    assert len({tuple(v) for v in spreads.values()}) == len(spreads)
+    words = ["--store", pairs, "--rank", "4", "--repeats", "2", "--json"]
+    stiff = json.loads(said(*words, "--lam", "50"))
+    assert stiff["settings"]["lam"] == 50
+    assert stiff["figures"] != json.loads(said(*words))["figures"]
+
+
+def test_refit_options_that_contradict_are_refused(pairs: str, files: dict[str, str]) -> None:
+    assert "--jackknife is 1" in said("--store", pairs, "--jackknife", "1", code=2)
+    assert "Give one of the two" in said("--store", pairs, "--jackknife", "3", "--repeats", "5", code=2)
+    assert "--lam is a knob of" in said("--store", pairs, "--method", "svd", "--lam", "1", code=2)
+    assert "no store" in said(files["g1"], files["g2"], "--lam", "1", code=2)

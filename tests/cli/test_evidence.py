@@ -75,7 +75,7 @@ def test_a_tile_of_a_training_photo_under_another_name_is_refused(here: Path) ->
     collection = pairs_store(here, "t", here / "images", manifest)
     if not len(collection.pairs("train")[1]):
         pytest.skip("no tile in the training split")
-    W, _, _ = solving.fit(collection, solving.SolveOptions("gnull", 8, lam=1.0))
+    W, _, _ = solving.fit(collection, solving.SolveOptions("gnull", 8, {"lam": 1.0}))
     rows = collection.pairs("train")[1][:1]
     other = Collection.open(here / "t-pairs.zarr")
     other.identity = np.array([f"alias of {i}" for i in other.identity], dtype=object)

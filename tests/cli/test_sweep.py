@@ -143,7 +143,7 @@ def test_json_is_the_report(store: Path) -> None:
     assert results.from_dict(raw).settings["chosen rank"] == 8
 
 
-@pytest.mark.parametrize("method", ["svd", "gnull", "analytic", "pca"])
+@pytest.mark.parametrize("method", ["svd", "gnull", "analytic", "pca", "plda"])
 def test_every_row_is_what_solve_at_that_rank_reports(method: str, store: Path, tmp_path: Path) -> None:
     """One fit, cut: the same figures as a fit of each rank, its ridge chosen on validation included."""
     out = tmp_path / "cut.csv"
@@ -158,10 +158,28 @@ def test_every_row_is_what_solve_at_that_rank_reports(method: str, store: Path, 
                 )
             )
             alone = results.from_dict(solved)
-            assert knobs[r["rank"]].get("lam") == alone.settings.get("lam")
+            for knob in ("lam", "score"):
+                assert knobs[r["rank"]].get(knob) == alone.settings.get(knob)
             found = alone.find("mAP", subject=method)[0]
             # Two scores within rounding may change places: one place of one query at the most.
             assert found.value == pytest.approx(float(r["mAP"]), abs=0.5 / int(r["n"]))
+
+
+def test_knobs_that_are_named_are_the_fits(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.csv"
+    for method, words, knobs in (
+        ("gnull", ["--lam", "7"], {"lam": 7.0}),
+        ("plda", ["--lam", "2", "--score", "bias"], {"lam": 2.0, "score": "bias"}),
+        ("analytic", ["--alpha-bar", "0.05,0.4", "--score", "cosine"], {"alpha_bar": [0.05, 0.4]}),
+        ("pca", ["--exponent", "0.4"], {"exponent": 0.4}),
+    ):
+        invoke("sweep", "--method", method, *words, "--ranks", "4,16", "--store", store, "--out", out)
+        found = results.load(out.with_suffix(".results.json")).settings["knobs"]
+        assert found.keys() == {"4", "16"}
+        for each in found.values():
+            assert {k: each[k] for k in knobs} == knobs
+    said = invoke("sweep", "--method", "svd", "--lam", "1", "--ranks", "4", "--store", store, code=2)
+    assert "--lam is a knob of" in said
 
 
 def test_refit_gives_the_rows_of_one_fit(svd: tuple[str, Path], store: Path, tmp_path: Path) -> None:
@@ -213,6 +231,7 @@ def test_methods_that_cannot_be_swept_are_refused(store: Path) -> None:
     assert "not nested" in said
     assert "--refit" in said
     assert "no rank to sweep" in invoke("sweep", "--method", "centred", "--store", store, "--refit", code=2)
+    assert "solve --method auto" in invoke("sweep", "--method", "auto", "--store", store, code=2)
     assert "'svd'" in invoke("sweep", "--method", "svt", "--store", store, code=2)
 
 
