@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cli import passes
+from cli import gallery, passes, streams
 from latentstore.errors import UsageError
 from latentstore.groups import Groups, load
 from latentstore.schema import OK, SPLITS
@@ -68,7 +68,7 @@ class Collection:
         for name in names:
             setattr(self, name, np.asarray(table[name].to_pylist(), dtype=object))
         self.ok = store.status() == OK
-        self.on_pass: passes.OnRows | None = None
+        self.on_pass: streams.OnRows | None = None
 
     path: npt.NDArray[Any]
     identity: npt.NDArray[Any]
@@ -205,12 +205,12 @@ class Collection:
             # Fewer rows than dimensions: their span is cheaper, and read at once.
             if len(own) + len(origins) < dim:
                 return None
-            return self.pair_pass("train").settled(self.on_pass)
+            return self._kept_pass("train").settled(self.on_pass)
 
-        def gallery() -> RowSums | None:
+        def sums() -> RowSums | None:
             if len(self.gallery) < dim:
                 return None
-            return passes.gallery_sums(self.store, self.gallery, on_rows=self.on_pass)
+            return gallery.gallery_sums(self.store, self.gallery, on_rows=self.on_pass)
 
         return PairData(
             dim=dim,
@@ -218,12 +218,22 @@ class Collection:
             n_origins=len(own),
             n_gallery=len(self.gallery),
             stored_eps=float(np.finfo(self.store.layout.dtype).eps),
-            pairs_source=lambda: passes.pair_blocks(self.store.reader, origins, translated),
+            pairs_source=lambda: streams.pair_blocks(self.store.reader, origins, translated),
             origins_source=lambda: self.blocks(own),
             gallery_source=lambda: self.blocks(self.gallery),
             moments_source=moments,
-            gallery_sums_source=gallery,
+            gallery_sums_source=sums,
         )
+
+    def _kept_pass(self, split: str) -> passes.PairPass:
+        """Return the pass that is kept complete, in whatever parts; else the default one."""
+        first = self.pair_pass(split)
+        if not first.done():
+            for asked in passes.known_plans(first.folder):
+                other = self.pair_pass(split, **asked)
+                if other.done():
+                    return other
+        return first
 
     def pair_pass(self, split: str, *, models: bool = False, parts: int = passes.PARTS) -> passes.PairPass:
         """Return the pass over the pairs of a split, in parts hashed from the photo; see `PairPass.of`."""
@@ -232,7 +242,7 @@ class Collection:
             self.store,
             origins,
             translated,
-            self.group[translated],
+            self.group[origins],  # the origin's: it may count in one part alone
             np.array([m or "unnamed" for m in self.model[translated]], object) if models else None,
             parts=parts,
         )
@@ -243,7 +253,7 @@ class Collection:
 
     def blocks(self, rows: Rows) -> Iterator[npt.NDArray[np.floating[Any]]]:
         """Yield the latents of rows block by block, read ahead."""
-        yield from passes.ahead(self.read, (rows[at : at + BLOCK] for at in range(0, len(rows), BLOCK)))
+        yield from streams.ahead(self.read, (rows[at : at + BLOCK] for at in range(0, len(rows), BLOCK)))
 
     def references(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
         """Return rows projected as references, (n, m)."""

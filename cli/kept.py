@@ -12,10 +12,10 @@ import zarr
 
 from latentstore.errors import StoreWriteError, UsageError
 from latentstore.files import check_room
-from latentstore.store import LatentStore
+from latentstore.store import LatentStore, open_store
 
-PAIR_MATRICES, ROW_MATRICES = 9, 5
-"""Of dim x dim that a fit on pairs, or a spectrum of rows, holds at once with its eigenvectors."""
+PAIR_MATRICES, PART_MATRICES, ROW_MATRICES = 13, 6, 7
+"""Of dim x dim that a fit on pairs, a part's sums, or a spectrum of rows holds at once."""
 STALE = 3600
 """Seconds after which an unfinished file is nobody's: no part takes so long."""
 
@@ -84,7 +84,38 @@ def writable(store: LatentStore) -> bool:
 
 
 def drop(store: LatentStore) -> int:
-    """Delete the kept sums of a store's array; return their bytes."""
-    freed = sum(p.stat().st_size for p in folder_of(store).rglob("*.safetensors"))
-    shutil.rmtree(folder_of(store), ignore_errors=True)
+    """Delete the kept sums of a store's array; return their bytes.
+
+    Raises
+    ------
+    StoreWriteError
+    """
+    folder = folder_of(store)
+    freed = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return 0
+    except OSError as exc:
+        raise StoreWriteError(f"{folder} could not be deleted: {exc.strerror or exc}.") from exc
     return freed
+
+
+def forget(path: Path) -> None:
+    """Delete a file that may be gone, or that may not be deleted."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def check_unchanged(store: Path, data_hash: str) -> None:
+    """Refuse sums of latents that were changed while they were read.
+
+    Raises
+    ------
+    UsageError
+    """
+    if open_store(store).data_hash() != data_hash:
+        raise UsageError(
+            f"{store} was changed (images added, mended or removed) while its latents were summed. Run the "
+            "same command again."
+        )

@@ -209,7 +209,7 @@ def moments(
     drop: Annotated[bool, typer.Option("--drop", help="Delete what is kept, and make nothing.")] = False,
     json_: Json = False,
 ) -> None:
-    """Sum a store's training pairs once and keep the sums; every closed form then fits without reading.
+    """Sum a store's training pairs and its gallery once, and keep the sums for every closed form.
 
     solve does this by itself where it pays. Stopped, it goes on where it was.
 

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import kept, passes
+from cli import kept
 from cli.collection import Collection
+from cli.gallery import gallery_sums
 from cli.passes import PARTS
+from cli.streams import OnRows
 from latentstore.errors import UsageError
+from latentstore.store import open_store
 from solvers.errors import NoPairsError
 from solvers.moments import bytes_needed
 
@@ -26,6 +29,8 @@ class Kept:
     store : str
     pairs, origins, dim : int
         Of the training split.
+    gallery : int
+        Rows whose covariance is kept, too.
     models : list of str
         That have sums of their own; empty when only the sums over all are kept.
     parts, made : int
@@ -40,6 +45,7 @@ class Kept:
     pairs: int
     origins: int
     dim: int
+    gallery: int
     models: list[str]
     parts: int
     made: int
@@ -57,9 +63,9 @@ def run_moments(
     workers: int | None = None,
     scheduler: str | None = None,
     on_start: OnStart | None = None,
-    on_rows: passes.OnRows | None = None,
+    on_rows: OnRows | None = None,
 ) -> Kept:
-    """Sum the training pairs of a store in parts, and keep them; a run that was stopped goes on.
+    """Sum the training pairs of a store in parts, and its gallery, and keep both; a stopped run goes on.
 
     Parameters
     ----------
@@ -98,12 +104,14 @@ def run_moments(
         with connect(workers=workers, scheduler=scheduler) as client:
             ran_on = describe(client)
             made = plan.run(client=client, on_rows=on_rows)
+    gallery_sums(collection.store, collection.gallery, keep=True)
     named = [t.model for t in plan.tasks if t.model]
     return Kept(
         store=str(store),
         pairs=plan.rows,
         origins=len({row for t in plan.tasks for row in t.origins.tolist()}),
         dim=collection.store.layout.dim,
+        gallery=len(collection.gallery),
         models=sorted(set(named)),
         parts=len(plan.tasks),
         made=made,
@@ -116,7 +124,7 @@ def run_moments(
 
 def drop_moments(store: Path) -> int:
     """Delete what is kept; return its bytes."""
-    return kept.drop(Collection.open(store).store)
+    return kept.drop(open_store(store))
 
 
 def kept_text(kept: Kept) -> str:
@@ -130,8 +138,9 @@ def kept_text(kept: Kept) -> str:
     rate = f", {kept.pairs / kept.seconds:,.0f} pairs/s" if kept.made == kept.parts else ""
     return (
         f"{kept.store}: sums of {kept.pairs:,} training pairs of {kept.origins:,} origins, "
-        f"{kept.dim:,} numbers each{of}\n"
+        f"{kept.dim:,} numbers each{of};\n  and of the gallery's {kept.gallery:,} rows\n"
         f"  {made}{rate}\n"
         f"  {size(kept.bytes)} on disk, {size(kept.memory)} of memory while a part is summed\n"
-        "  solve takes them up by itself while the latents stay as they are."
+        "  solve takes them up by itself while the latents stay as they are (only svd reads rows as well,\n"
+        "  where sums cannot tell what is zero)."
     )

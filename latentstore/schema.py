@@ -46,7 +46,18 @@ SPLITS = ("train", "validation", "test")
 SOURCES = ("file", "simulated", "translated")
 Posterior = Literal["mean", "sample", "deterministic"]
 
-RESERVED = ("manifest", "inputs", "done", "projections", "duplicates", "moments", "lock", "seal", LATENTS, STATUS)
+RESERVED = (
+    "manifest",
+    "inputs",
+    "done",
+    "projections",
+    "duplicates",
+    "moments",
+    "lock",
+    "seal",
+    LATENTS,
+    STATUS,
+)
 _ARRAY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _ORIPID = re.compile(r"(T[0-9]{6,})(?:_([0-9]+))?")
 

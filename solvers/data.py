@@ -95,13 +95,16 @@ class PairData:
         """Sums over the pairs and their origins, made in one pass and shared by every method.
 
         With fewer origins and translations together than dimensions, the sums are of coordinates in the
-        span of all of them (`Moments.basis`): no covariance reaches outside it.
+        span of all of them (`Moments.basis`): no covariance reaches outside it. (Pairs whose origins are not
+        among the announced ones are summed whole.)
         """
         self.require_pairs("moments")
         found = self.moments_source()
         if found is not None:
+            self.check_counts(found)
             return found
-        return _span(self) if self.n_origins + self.n_pairs < self.dim else _summed(self)
+        inside = _span(self) if self.n_origins + self.n_pairs < self.dim else None
+        return _summed(self) if inside is None else inside
 
     @cached_property
     def second_t(self) -> tuple[Any, Any]:
@@ -212,6 +215,8 @@ def _summed(data: PairData) -> Moments:
     """Stream the moments of all pairs in the blocks' own library, and of their origins, each once."""
     moments: Moments | None = None
     for origins, translations, *of in data.pairs_source():
+        if not len(translations):
+            continue
         if moments is None:
             like = None if on_host(origins) else origins
             shift = as_rows(origins[:ROUGH_ROWS], data.dim, "origins").mean(axis=0)
@@ -225,17 +230,27 @@ def _summed(data: PairData) -> Moments:
     return moments
 
 
-def _span(data: PairData) -> Moments:
-    """Sum the coordinates of all rows in an orthonormal basis of their span, in float64."""
+def _span(data: PairData) -> Moments | None:
+    """Sum the coordinates of all rows in an orthonormal basis of their span, in float64.
+
+    None when the pairs' own origins lie outside the span of the announced origins and the differences.
+    """
     origins = collect(data.origins(), data.dim, data.n_origins, "origins")
     pairs = [
         (as_float64(o, data.dim, "origins"), as_float64(g, data.dim, "translations")) for o, g in data.pairs()
     ]
-    basis = qr(namespace(origins).concat([origins, *(g for _, g in pairs)]).T)[0]
+    check_count(sum(len(g) for _, g in pairs), data.n_pairs, "pairs")
+    # Differences are formed before anything else is done to them.
+    moved = [(o, g - o) for o, g in pairs]
+    basis = qr(namespace(origins).concat([origins, *(t for _, t in moved)]).T)[0]
+    for o, _ in moved:
+        outside = float(((o - (o @ basis) @ basis.T) ** 2).sum())
+        if outside > 1e-20 * float((o**2).sum()):
+            return None
     like = None if on_host(basis) else basis
     moments = Moments(basis.shape[1], basis=basis, shift=origins.mean(axis=0) @ basis, like=like)
-    for o, g in pairs:
-        moments.pairs.update(o @ basis, g @ basis)
+    for o, t in moved:
+        moments.pairs.add(moments.pairs.prepare_differences(o @ basis, t @ basis))
     moments.origins.update(origins @ basis)
     data.check_counts(moments)
     return moments

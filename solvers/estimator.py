@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import numpy as np
+
+from .arrays import is_array
 from .data import PairData
 from .errors import SolverUsageError
 from .fitted import Fitted
@@ -51,7 +54,7 @@ class OriginFinder:
         Parameters
         ----------
         origins
-            (n, d) latents; NumPy, CuPy or torch.
+            (n, d) latents; NumPy, CuPy or torch. Without translations they are the collection.
         translations
             (n, d): row i is a translation of row i of `origins`. None for methods that need no pairs.
         gallery
@@ -66,6 +69,7 @@ class OriginFinder:
             Shapes that do not fit, or a method that is trained by gradients.
         """
         method = build(self.method, **self.knobs)
+        origins, translations, gallery = (_rows(x) for x in (origins, translations, gallery))
         if method.needs_torch:
             raise SolverUsageError(
                 f"{self.method} is trained by gradients on labelled rows, not fitted on pairs: see "
@@ -103,3 +107,13 @@ class OriginFinder:
         if not hasattr(self, "projection_"):
             raise SolverUsageError("This estimator has not been fitted yet. Call fit first.")
         return self.projection_
+
+
+def _rows(x: Any) -> Any:
+    """Return rows as an array of their own library, NumPy's for lists, or say what is wrong with them."""
+    if x is None:
+        return None
+    x = x if is_array(x) else np.asarray(x)
+    if x.ndim != 2:
+        raise SolverUsageError(f"Latents come as rows, (n, d); got an array of shape {tuple(x.shape)}.")
+    return x

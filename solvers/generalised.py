@@ -14,6 +14,7 @@ from .errors import SolverUsageError
 from .fitted import Fitted, make_report
 from .gallery_maps import Capabilities
 from .linalg import eigh, fix_signs
+from .moments import Moments
 from .rank import EPS64, check_rank, tile_noise
 
 
@@ -97,15 +98,29 @@ def pencil(rotated: Any, weights: Any, top: int) -> tuple[Any, Any]:
     return values, whiten[:, None] * vectors
 
 
+def origin_noise(moments: Moments) -> float:
+    """Return the variance that float32 tiles alone would leave in a direction in which no origin varies."""
+    if moments.precision != "float32":
+        return 0.0
+    scatter = moments.origins.xx
+    return tile_noise(to_host(namespace(scatter).linalg.diagonal(scatter))) ** 2 / moments.origins.n
+
+
 def _solve(data: PairData, basis: Any, tau: Any, rotated: Any, method: GeneralisedNull) -> Fitted:
     moments = data.moments
     found, vectors = pencil(rotated, tau + ridge(method.lam, tau, moments.full_dim), method.rank)
     values = to_host(found)
-    kept = int(np.count_nonzero(values > max(data.n_origins, len(tau)) * EPS64 * values[0]))
+    # A direction's variance of origins, w' S_o w / w'w, beside what rounding leaves in S_o.
+    xp = namespace(vectors)
+    variance = values / to_host(xp.sum(vectors * vectors, axis=0))
+    above = (values > max(data.n_origins, len(tau)) * EPS64 * values[0]) & (variance > origin_noise(moments))
+    kept = len(above) if above.all() else int(np.argmin(above))
     if not kept or not values[0] > 0:
+        alike = (
+            "There is 1 origin: alone it does" if data.n_origins == 1 else f"The {data.n_origins} origins do"
+        )
         raise SolverUsageError(
-            f"The {data.n_origins} origins do not vary (rank 0, at least 1 needed). Use more, and "
-            "different, origins."
+            f"{alike} not vary (rank 0, at least 1 needed). Use more, and different, origins."
         )
     W = to_host(fix_signs(moments.lift(basis @ vectors[:, :kept])))
     text = f"{kept} directions, by origin variance per translation variance."

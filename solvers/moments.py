@@ -88,7 +88,17 @@ class Moments:
         self.origins.update(origins)
 
     def merge(self, other: Moments) -> None:
-        """Add the sums of another part."""
+        """Add the sums of another part.
+
+        Raises
+        ------
+        SolverUsageError
+            Its rows are of another length, or coordinates in another basis.
+        """
+        if other.basis is not self.basis:
+            raise SolverUsageError(
+                "Sums of coordinates in different bases cannot be merged. Sum the latents themselves."
+            )
         self.pairs.merge(other.pairs)
         self.origins.merge(other.origins)
 
@@ -144,10 +154,11 @@ def merged(parts: Iterable[Moments]) -> Moments:
 def bytes_needed(dim: int) -> tuple[int, int]:
     """Return the bytes that moments take while they are summed, and as a file.
 
-    In memory: four matrices, a tile's product, and two blocks of latents with their float32 differences.
+    In memory: four matrices, a tile's product, and two blocks (one that is read ahead) of origins, weighted
+    origins, differences and their sums in float32 beside what was read.
     """
     square = 8 * dim * dim
-    return 4 * square + square // 2 + 4 * TILE * dim * 5, 3 * row_bytes(dim) + square
+    return 4 * square + square // 2 + 2 * TILE * dim * (4 * 4 + 2 * 2), 3 * row_bytes(dim) + square
 
 
 def row_bytes(dim: int) -> int:

@@ -19,6 +19,8 @@ from .rank import EPS64, Cutoff, check_rank, tile_noise
 from .spectrum import dual_gram, dual_vectors, fit_spectrum
 
 ACCUMULATORS = ("auto", "gram", "qr")
+NEAR = 30.0
+"""Times the Gram's cutoff from which its singular values are good to a thousandth (the cutoff is squared)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class NullSpace(Capabilities):
             sigma_max=float(found.sigma[0]),
             sigma_min=float(found.sigma[-1]),
             n_pairs=data.n_pairs,
-            path="dual (n x n)" if data.n_pairs < d else "primal",
+            path=("dual" if data.n_pairs < d else "primal") + (" (QR)" if why.startswith("qr") else ""),
             statement=_statement(data.n_pairs, d, r, m),
             requested_rank=m,
             effective_rank=m,
@@ -92,6 +94,13 @@ class NullSpace(Capabilities):
             return found, "gram: asked for"
         if "Gram" not in found.cutoff.decided_by:
             return found, f"gram: {found.cutoff.decided_by} sets the floor, not the Gram's arithmetic"
+        if not found.sigma[0] > 0:
+            return found, "gram: all differences are zero"
+        if found.sigma[-1] > NEAR * found.cutoff.value:
+            return found, (
+                f"gram: the smallest singular value, {found.sigma[-1]:.1e}, lies well above what its "
+                f"arithmetic would take for zero ({found.cutoff.value:.1e})"
+            )
         return by_qr(data), (
             f"qr: by the Gram everything below {found.cutoff.value:.1e} would count as zero "
             f"({found.cutoff.decided_by})"
@@ -192,6 +201,11 @@ def _null_directions(data: PairData, found: _Decomposition, count: int) -> Any:
 
 def _statement(n: int, d: int, r: int, m: int) -> str:
     nulls = d - r
+    if r == 0:
+        return (
+            f"All {n} differences are zero: every translation equals its origin, and every direction is "
+            "null. Check that translations are paired with origins, not with themselves."
+        )
     if n < d:
         return (
             f"T has {n} rows and {d} columns, so an exact null space of at least {d - n} dimensions is "

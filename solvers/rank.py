@@ -77,10 +77,11 @@ def tile_noise(diagonal: np.ndarray) -> float:
     """Return the singular values that rounding in float32 tiles leaves in a Gram matrix.
 
     An entry's error is of the size of eps32 / 2 * sqrt(g_ii g_jj) with random signs, and a d x d matrix of
-    such has the norm 2 sqrt(d) times that; the root turns it into singular values.
+    such has the norm 2 sqrt(d) times that; the root turns it into singular values. Rows with a common factor
+    or a mean beside the shift correlate the errors, and were seen at 1.5 times that norm; four are allowed.
     """
     top = float(diagonal.max(initial=0.0))
-    return math.sqrt(max(0.0, math.sqrt(len(diagonal)) * EPS32 * top))
+    return math.sqrt(4.0 * math.sqrt(len(diagonal)) * EPS32 * top)
 
 
 def check_rank(rank: int, dim: int) -> int:

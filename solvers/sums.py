@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
-import scipy.sparse
 
 from .arrays import as_like, namespace, to_host
 from .errors import SolverUsageError
 from .files import read_safetensors, write_safetensors
+from .grouping import checked_of, grouped
 from .linalg import full_precision, on_host
 from .products import TILE, Precision, add_gram, pack, symmetric, unpack
 
@@ -52,11 +51,14 @@ class RowSums:
     ) -> None:
         self.dim, self.precision, self.n = _checked_dim(dim), precision, 0
         zeros = np.zeros if like is None else _zeros_like(like)
-        self.shift = zeros(dim) if shift is None else _placed(shift, like)
+        self.shift = zeros(dim) if shift is None else _placed(shift, like, precision)
         self.sum, self.xx = zeros(dim), _square(dim, like)
 
     def update(self, block: Any) -> None:
-        """Add a block of rows, (rows, dim)."""
+        """Add a block of rows, (rows, dim); one that is refused leaves nothing behind."""
+        namespace(block, self.shift)
+        if block.shape[0] > TILE:
+            _finite_sum(_checked(block, self.dim, "rows"), "rows")
         for x in _tiles(block, self.dim, "rows"):
             rows = _cast(x, self.precision) - _cast(self.shift, self.precision)
             total = _finite_sum(rows, "rows")
@@ -67,6 +69,9 @@ class RowSums:
     def merge(self, other: RowSums) -> None:
         """Add the sums of another part, about whatever shift they are."""
         _same_dim(self.dim, other.dim)
+        namespace(self.shift, other.shift)
+        if other.precision == "float32":
+            self.precision = "float32"
         move = other.shift - self.shift
         if bool(namespace(move).any(move != 0)):
             cross = _outer(other.sum, move)
@@ -161,7 +166,7 @@ class PairSums:
     ) -> None:
         self.dim, self.precision, self.n = _checked_dim(dim), precision, 0
         zeros = np.zeros if like is None else _zeros_like(like)
-        self.shift = zeros(dim) if shift is None else _placed(shift, like)
+        self.shift = zeros(dim) if shift is None else _placed(shift, like, precision)
         self.sum_o, self.sum_t = zeros(dim), zeros(dim)
         self.oo, self.ot, self.tt = _square(dim, like), zeros((dim, dim)), _square(dim, like)
 
@@ -178,13 +183,16 @@ class PairSums:
             (n,) integers on the host: which origin each translation has. None when row i of both belongs
             together.
         """
+        which = checked_of(origins, translations, of)
         n = translations.shape[0]
         if n <= 2 * TILE:
-            self.add(self.prepare(origins, translations, of))
+            self.add(self.prepare(origins, translations, which))
             return
+        for rows, what in ((origins, "origins"), (translations, "translations")):
+            _finite_sum(_checked(rows, self.dim, what), what)
+        which = np.arange(n) if which is None else which
         for at in range(0, n, TILE):
-            here = np.arange(at, min(at + TILE, n)) if of is None else np.asarray(of[at : at + TILE])
-            used, inverse = np.unique(here, return_inverse=True)
+            used, inverse = np.unique(which[at : at + TILE], return_inverse=True)
             self.add(self.prepare(origins[used], translations[at : at + TILE], inverse))
 
     def prepare(self, origins: Any, translations: Any, of: Any = None) -> Prepared:
@@ -192,27 +200,28 @@ class PairSums:
 
         Parameters are those of :meth:`update`, whose blocks may be of any size; this one's are a tile.
         """
-        k, n = origins.shape[0], translations.shape[0]
-        if of is None and k != n:
-            raise SolverUsageError(
-                f"A block of pairs needs as many origins as translations; got {k} and {n}. Repeat the origin "
-                "of every translation, or say with `of` which it is."
-            )
-        if of is not None and (len(of) != n or (n and not 0 <= np.min(of) <= np.max(of) < k)):
-            raise SolverUsageError(
-                f"`of` must give one of the {k} origins for each of the {n} translations; it holds {len(of)}."
-            )
+        namespace(origins, translations, self.shift)
+        which = checked_of(origins, translations, of)
         o = _cast(_checked(origins, self.dim, "origins"), self.precision)
         g = _checked(translations, self.dim, "translations")
-        if of is None:
+        if which is None:
             t = _cast(g, self.precision) - o
             summed, counts = t, None
         else:
-            t, summed, counts = _grouped(o, g, np.asarray(of), self.precision)
+            t, summed, counts = grouped(o, g, which)
+        return self._prepared(o, t, summed, counts)
+
+    def prepare_differences(self, origins: Any, differences: Any) -> Prepared:
+        """Form the same of origins and differences t = g - o that were formed before, row by row."""
+        o = _cast(_checked(origins, self.dim, "origins"), self.precision)
+        t = _cast(_checked(differences, self.dim, "differences"), self.precision)
+        return self._prepared(o, t, t, None)
+
+    def _prepared(self, o: Any, t: Any, summed: Any, counts: Any) -> Prepared:
         o = o - _cast(self.shift, self.precision)
         weighted = o if counts is None else o * counts[:, None] ** 0.5
         sum_o = _finite_sum(o if counts is None else o * counts[:, None], "origins")
-        return Prepared(n, o, weighted, t, summed, sum_o, _finite_sum(t, "differences"))
+        return Prepared(t.shape[0], o, weighted, t, summed, sum_o, _finite_sum(t, "translations"))
 
     def add(self, block: Prepared) -> None:
         """Add the products of a prepared block."""
@@ -227,6 +236,9 @@ class PairSums:
     def merge(self, other: PairSums) -> None:
         """Add the sums of another part, about whatever shift they are."""
         _same_dim(self.dim, other.dim)
+        namespace(self.shift, other.shift)
+        if other.precision == "float32":
+            self.precision = "float32"
         move = other.shift - self.shift
         moved = bool(namespace(move).any(move != 0))
         if moved:
@@ -315,32 +327,6 @@ class PairSums:
         return made
 
 
-def _grouped(o: Any, g: Any, of: np.ndarray, precision: Precision) -> tuple[Any, Any, Any]:
-    """Return all differences, each origin's sum of them, and its count, in its library."""
-    if not on_host(o):
-        counts = np.bincount(of, minlength=o.shape[0]).astype(np.float64)
-        xp = namespace(o)
-        t = _cast(g, precision) - xp.take(o, xp.asarray(of, device=o.device), axis=0)
-        indicator = scipy.sparse.csr_matrix((np.ones(len(of)), (of, np.arange(len(of)))), (len(o), len(of)))
-        with full_precision(o):
-            return t, as_like(indicator.toarray(), o) @ t, as_like(counts, o)
-    if (np.diff(of) < 0).any():
-        order = np.argsort(of, kind="stable")
-        of, g = of[order], g[order]
-    # Sorted, an origin's translations lie together: one short look at each, while it is in the cache.
-    t, summed = g.astype(o.dtype), np.zeros_like(o)
-    edges = np.flatnonzero(np.diff(of, prepend=-1, append=-1))
-    if len(edges) == len(of) + 1:  # one each: nothing to add up
-        t -= o[of]
-        summed[of] = t
-        return t, summed, np.bincount(of, minlength=len(o)).astype(o.dtype)
-    for first, end in pairwise(edges.tolist()):
-        own = t[first:end]
-        own -= o[of[first]]
-        own.sum(axis=0, out=summed[of[first]])
-    return t, summed, np.bincount(of, minlength=len(o)).astype(o.dtype)
-
-
 def _tiles(block: Any, dim: int, what: str) -> Iterator[Any]:
     block = _checked(block, dim, what)
     for at in range(0, block.shape[0], TILE):
@@ -363,6 +349,10 @@ def _finite_sum(rows: Any, what: str) -> Any:
     if bool(xp.all(xp.isfinite(total))):
         return total
     bad = int(xp.sum(xp.astype(xp.any(~xp.isfinite(rows), axis=1), xp.int64)))
+    if not bad:
+        raise SolverUsageError(
+            f"The sum over {rows.shape[0]} {what} is too large for {rows.dtype}. Scale the latents down."
+        )
     raise SolverUsageError(
         f"{bad} of {rows.shape[0]} {what} hold values that are not finite. "
         "Leave such rows out: a single one would spoil every sum."
@@ -405,8 +395,9 @@ def _square(dim: int, like: Any) -> Any:
     return np.zeros((dim, dim), order="F") if like is None else _zeros_like(like)((dim, dim))
 
 
-def _placed(row: Any, like: Any) -> Any:
-    host = to_host(row).astype(np.float64)
+def _placed(row: Any, like: Any, precision: Precision) -> Any:
+    """Return a shift in float64 that is exact in the products' precision, as rows are shifted by that."""
+    host = to_host(row).astype(precision).astype(np.float64)
     return host if like is None else as_like(host, _zeros_like(like)(1))
 
 

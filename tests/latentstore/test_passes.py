@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file
 from store_worlds import make_store, rows_of
 
-from cli import kept, passes
+from cli import gallery, kept
 from cli.collection import Collection
-from cli.passes import PairPass, gallery_sums
+from cli.gallery import gallery_sums
+from cli.passes import PairPass
+from cli.summing import run_moments
 from latentstore.cluster import connect
-from latentstore.errors import UsageError
+from latentstore.errors import StoreWriteError, UsageError
+from latentstore.removal import remove
 from latentstore.store import open_store
-from solvers.errors import ProjectionFormatError
 
 DIM, IDENTITIES, PER, SHARD = 24, 300, 2, 84
 ROWS = IDENTITIES * (1 + PER)
@@ -28,8 +32,8 @@ import sys, time
 from pathlib import Path
 from cli.collection import Collection
 from solvers.sums import PairSums
-whole = PairSums.update
-PairSums.update = lambda self, *a: (time.sleep(0.2), whole(self, *a))[1]
+whole = PairSums.add
+PairSums.add = lambda self, *a: (time.sleep(0.2), whole(self, *a))[1]
 Collection.open(Path(sys.argv[1])).pair_pass("train").run()
 """
 
@@ -170,22 +174,88 @@ def test_solve_takes_up_what_is_kept(collection, monkeypatch):
     again = Collection.open(collection.store.path)
     assert_same(again.data.moments, plan.moments())
     monkeypatch.undo()
-    monkeypatch.setattr(passes, "SHARE", 1e9)
+    monkeypatch.setattr("cli.passes.SHARE", 1e9)
     kept.drop(collection.store)
     unasked = Collection.open(collection.store.path)
     assert unasked.data.moments.pairs.n == IDENTITIES * PER
     assert plan.done()
 
 
-def test_a_damaged_part_is_refused_once_and_made_anew(collection):
+@pytest.mark.parametrize("how", ["torn", "flipped", "gone"])
+def test_a_damaged_part_is_summed_anew(collection, how):
     plan = collection.pair_pass("train", parts=2)
     plan.run()
+    expected = plan.moments()
     path = plan.path(plan.tasks[0])
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ProjectionFormatError, match="damaged"):
-        plan.moments()
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[-9] ^= 1
+    path.write_bytes(bytes(data if how == "flipped" else data[:100]))
+    if how == "gone":
+        path.unlink()
+    assert_same(plan.moments(), expected, 0.0)
+    assert not path.exists()
     assert plan.run() == 1
-    assert plan.moments().pairs.n == IDENTITIES * PER
+
+
+def test_whatever_parts_are_kept_are_taken_up(collection, monkeypatch):
+    kept_now = run_moments(collection.store.path, parts=3, models=True)
+    assert (kept_now.made, kept_now.models) == (9, ["A", "B"])
+    monkeypatch.setattr(PairPass, "in_memory", lambda *a: pytest.fail("read again"))
+    again = Collection.open(collection.store.path)
+    assert (again.data.moments.pairs.n, again.data.moments.origins.n) == (IDENTITIES * PER, IDENTITIES)
+
+
+def test_what_nobody_asked_to_be_kept_may_fail_to_be(collection, monkeypatch):
+    def full(*args):
+        raise StoreWriteError("no room")
+
+    monkeypatch.setattr("cli.passes.SHARE", 1e9)
+    monkeypatch.setattr("cli.gallery.SHARE", 1e9)
+    for module in ("passes", "gallery"):
+        monkeypatch.setattr(f"cli.{module}.prepare_folder", full)
+    assert collection.data.moments.pairs.n == IDENTITIES * PER
+    assert collection.data.gallery_spectrum.n == IDENTITIES
+    with pytest.raises(StoreWriteError):  # asked for, it is told
+        collection.pair_pass("train").run()
+
+
+def test_latents_that_change_while_they_are_summed_are_refused(collection, monkeypatch):
+    """A takedown in between must not come back in kept sums."""
+    plan = collection.pair_pass("train", parts=2)
+    told = []
+
+    def take_down(rows, bad):
+        if not told:
+            remove(collection.store.path, [0, 1, 2], reason="asked")
+        told.append(rows)
+
+    with pytest.raises(UsageError, match="was changed"):
+        plan.run(on_rows=take_down)
+    assert not list(collection.store.root.rglob("moments/**/*.safetensors"))
+    other = Collection.open(collection.store.path)
+    told.clear()
+    monkeypatch.setattr(gallery, "SHARDS", 2)
+
+    def take_more_down(rows, bad):
+        if not told:
+            remove(collection.store.path, [3, 4, 5], reason="asked")
+        told.append(rows)
+
+    with pytest.raises(UsageError, match="was changed"):
+        gallery_sums(other.store, other.gallery, keep=True, on_rows=take_more_down)
+    assert not list(collection.store.root.rglob("moments/**/*.safetensors"))
+
+
+def test_an_identity_of_several_groups_counts_once(tmp_path):
+    latents, inputs = world(40)
+    own = inputs.set_column(
+        inputs.schema.get_field_index("group"), "group", pa.array([f"g{i}" for i in range(len(latents))])
+    )
+    make_store(tmp_path / "s.zarr", latents, inputs=own)
+    plan = Collection.open(tmp_path / "s.zarr").pair_pass("train")
+    plan.run()
+    assert plan.moments().origins.n == plan.in_memory().origins.n == 40
 
 
 def test_other_latents_have_other_parts(collection, tmp_path):
@@ -195,15 +265,41 @@ def test_other_latents_have_other_parts(collection, tmp_path):
     make_store(tmp_path / "t.zarr", latents, inputs=inputs)
     other = Collection.open(tmp_path / "t.zarr").pair_pass("train", parts=2)
     assert other.folder.name != plan.folder.name
-    # In one store, old parts go when new ones come.
-    (plan.folder.parent / "pairs-0123456789abcdef").mkdir()
-    kept.drop(collection.store)
+    # In one store, old parts go when new ones come, once nobody can be at them.
+    old, fresh = (plan.folder.parent / f"pairs-{name}" for name in ("0123456789abcdef", "fedcba9876543210"))
+    for folder in (old, fresh):
+        folder.mkdir()
+    os.utime(old, (1, 1))
+    next(plan.folder.glob("*.safetensors")).unlink()
     plan.run()
-    assert [p.name for p in plan.folder.parent.glob("pairs-*")] == [plan.folder.name]
+    assert {p.name for p in plan.folder.parent.glob("pairs-*")} == {plan.folder.name, fresh.name}
+
+
+def test_a_changed_latent_changes_its_block_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "SHARDS", 2)
+    latents, inputs = world()
+    first = make_store(tmp_path / "a.zarr", latents[: 6 * SHARD], inputs=inputs.slice(0, 6 * SHARD))
+    rows = np.arange(len(first))
+    gallery_sums(first, rows, keep=True)
+    latents[0, 0] += 1
+    other = make_store(tmp_path / "b.zarr", latents[: 6 * SHARD], inputs=inputs.slice(0, 6 * SHARD))
+    shutil.copytree(first.root / "moments", other.root / "moments", dirs_exist_ok=True)
+    made = []
+    whole = gallery.sum_rows
+    monkeypatch.setattr(gallery, "sum_rows", lambda *a, **k: made.append(len(a[1])) or whole(*a, **k))
+    sums = gallery_sums(other, rows, keep=True)
+    assert made == [2 * SHARD]
+    exact_cov = np.cov(latents[: 6 * SHARD].astype(np.float64).T, bias=True)
+    assert np.linalg.norm(sums.cov - exact_cov) < 1e-6 * np.linalg.norm(exact_cov)
+    # Kept blocks are read also where nothing can be written.
+    made.clear()
+    monkeypatch.setattr(kept, "writable", lambda store: False)
+    gallery_sums(other, rows)
+    assert made == []
 
 
 def test_a_gallery_that_grew_sums_its_new_end_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "GALLERY_SHARDS", 2)
+    monkeypatch.setattr(gallery, "SHARDS", 2)
     latents, inputs = world()
     small = make_store(tmp_path / "small.zarr", latents[: 6 * SHARD], inputs=inputs.slice(0, 6 * SHARD))
     rows = np.arange(len(small))
@@ -214,13 +310,19 @@ def test_a_gallery_that_grew_sums_its_new_end_alone(tmp_path, monkeypatch):
         return sums, told
 
     made = []
-    whole = passes.sum_rows
-    monkeypatch.setattr(passes, "sum_rows", lambda *a, **k: made.append(len(a[1])) or whole(*a, **k))
+    whole = gallery.sum_rows
+    monkeypatch.setattr(gallery, "sum_rows", lambda *a, **k: made.append(len(a[1])) or whole(*a, **k))
     first, told = read_rows(small, rows)
     assert (made, sum(told)) == ([2 * SHARD] * 3, 6 * SHARD)
     again, told = read_rows(small, rows)
     assert (len(made), sum(told)) == (3, 6 * SHARD), "kept blocks are not read again"
     assert np.array_equal(first.xx, again.xx)
+    # The collection grows: its new end alone is summed.
+    made.clear()
+    grown = make_store(tmp_path / "grown.zarr", latents[: 8 * SHARD], inputs=inputs.slice(0, 8 * SHARD))
+    shutil.copytree(small.root / "moments", grown.root / "moments", dirs_exist_ok=True)
+    read_rows(grown, np.arange(len(grown)))
+    assert made == [2 * SHARD]
     # A row fewer in the first block: that block alone is summed again.
     made.clear()
     fewer, _ = read_rows(small, rows[1:])
@@ -250,7 +352,7 @@ def test_what_memory_cannot_hold_is_refused_with_its_bytes(collection, monkeypat
     monkeypatch.setattr(kept, "free_memory", lambda: need)
     assert collection.data.moments.pairs.n == IDENTITIES * PER
     monkeypatch.setattr(kept, "free_memory", lambda: need - 1)
-    with pytest.raises(UsageError, match=r"24 numbers take .*\(9 matrices of 24 x 24 in float64"):
+    with pytest.raises(UsageError, match=r"24 numbers take .*\(13 matrices of 24 x 24 in float64"):
         _ = Collection.open(collection.store.path).data.moments
     monkeypatch.undo()
     assert 0 < kept.free_memory() < 1 << 50

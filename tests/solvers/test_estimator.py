@@ -64,6 +64,12 @@ def test_what_cannot_be_is_refused(pairs):
         OriginFinder("svd", lam=1.0)
     with pytest.raises(SolverUsageError, match="fit first"):
         OriginFinder("svd").transform(pairs[0])
+    with pytest.raises(SolverUsageError, match="rows"):
+        OriginFinder("pca").fit(pairs[0][0])
+    lists = OriginFinder("pca", rank=2).fit(pairs[0].tolist()).projection_
+    assert np.allclose(
+        lists.query_map, OriginFinder("pca", rank=2).fit(pairs[0]).projection_.query_map, atol=1e-4
+    )
     with pytest.raises(SolverUsageError, match="gradients"):
         OriginFinder("cosface").fit(*pairs)
 

@@ -10,6 +10,7 @@ from solver_worlds import planted
 
 from solvers import moments as moments_module
 from solvers.arrays import to_host
+from solvers.data import PairData
 from solvers.errors import ProjectionFormatError, SolverUsageError
 from solvers.methods import METHODS, build, check_rank, get
 from solvers.moments import Moments, bytes_needed, merged, products_for
@@ -281,3 +282,77 @@ def test_importing_the_solvers_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint32, np.int32])
+def test_which_origin_may_be_any_whole_number_in_any_order(world, kind):
+    o, g, of = world
+    mixed = np.random.default_rng(3).permutation(N)
+    assert_same(whole(o, g[mixed], of[mixed].astype(kind)), whole(o, g, of), 1e-12)
+    for wrong in (of.astype(float), of > 3, of - 1):
+        with pytest.raises(SolverUsageError, match="whole numbers"):
+            whole(o, g, wrong)
+
+
+def test_a_large_block_that_is_refused_leaves_nothing_behind(monkeypatch):
+    for module in ("sums", "products"):
+        monkeypatch.setattr(f"solvers.{module}.TILE", 32)
+    rows = np.ones((200, D))
+    rows[199, 3] = np.nan
+    pairs, sums = PairSums(D), RowSums(D)
+    with pytest.raises(SolverUsageError, match="1 of 200 translations"):
+        pairs.update(np.ones((200, D)), rows)
+    with pytest.raises(SolverUsageError, match="1 of 200 rows"):
+        sums.update(rows)
+    for bad in (np.zeros(199, int), np.full(200, -1)):
+        with pytest.raises(SolverUsageError, match="one of the 200 origins"):
+            pairs.update(np.ones((200, D)), np.ones((200, D)), bad)
+    assert pairs.n == sums.n == 0
+    assert not pairs.tt.any()
+    assert not sums.xx.any()
+
+
+def test_arrays_of_the_user_stay_as_they_are(world):
+    o, g, of = (x.copy() for x in world)
+    moments = Moments(D)
+    moments.update(o, g, of)
+    moments.update(o[of], g)
+    moments.update(np.asfortranarray(o)[::-1], g[:100][::-1])
+    assert all(np.array_equal(x, y) for x, y in zip((o, g, of), world, strict=True))
+
+
+def test_a_span_holds_its_pairs_or_is_not_used():
+    """Announced origins that are not the pairs' own, and differences far smaller than the latents."""
+    rng = np.random.default_rng(6)
+    o, g, other = (rng.standard_normal((n, D)) for n in (10, 10, 12))
+    apart = PairData.from_arrays(o, g, origins=other).moments
+    assert apart.basis is None
+    t = g - o
+    assert np.linalg.norm(apart.pairs.second_t - t.T @ t / 10) < 1e-12 * np.linalg.norm(t.T @ t / 10)
+    far = 1e3 + rng.standard_normal((10, D))
+    near = far + 1e-9 * rng.standard_normal((10, D))
+    inside = PairData.from_arrays(far, near).moments
+    assert inside.basis is not None
+    exact = (near - far).T @ (near - far) / 10
+    lifted = inside.basis @ inside.pairs.second_t @ inside.basis.T
+    # Projecting rounds by some eps of each difference, not of the latents.
+    assert np.linalg.norm(lifted - exact) < 1e-12 * np.linalg.norm(exact)
+    assert Moments(D).basis is None
+    with pytest.raises(SolverUsageError, match="different bases"):
+        inside.merge(Moments(inside.dim))
+
+
+def test_a_flipped_bit_in_kept_sums_is_found(world, tmp_path):
+    path = tmp_path / "m.safetensors"
+    whole(*world).save(path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(ProjectionFormatError, match="checksum"):
+        Moments.load(path)
+
+
+def test_float32_sums_say_so_after_merging(world):
+    coarse, fine = whole(*world, precision="float32"), whole(*world)
+    fine.merge(coarse)
+    assert fine.precision == "float32"

@@ -24,7 +24,7 @@ def test_planted_null_space_is_found(n, dtype):
     # The plant is moved by the cast itself; what is found must be the plant to 1e-6.
     fitted = NullSpace(D - R).fit(PairData.from_arrays(o.astype(dtype), g.astype(dtype)))
     assert fitted.report["numerical_rank"] == R
-    assert fitted.report["path"] == ("primal" if n >= D else "dual (n x n)")
+    assert fitted.report["path"].startswith("primal" if n >= D else "dual")
     assert subspace_angles(fitted.query_map, null).max() < 1e-6
     # float32 storage of W costs eps32 per entry, so the file's W still meets the same bound.
     assert subspace_angles(fitted.projection().query_map.astype(np.float64), null).max() < 1e-6
@@ -84,7 +84,7 @@ def test_inside_a_large_null_space_the_directions_of_largest_origin_variance_are
     best = null @ np.linalg.eigh(inside)[1][:, ::-1][:, :5]
     assert subspace_angles(fitted.query_map, best).max() < 1e-6
     primal = NullSpace(5).fit(PairData.from_arrays(np.tile(o, (3, 1)), np.tile(g, (3, 1))))
-    assert primal.report["path"] == "primal"
+    assert primal.report["path"].startswith("primal")
     # One W from both paths, column by column and sign by sign.
     assert np.abs(primal.query_map - fitted.query_map).max() < 1e-6
 
@@ -128,7 +128,9 @@ def test_float16_storage_decides_the_cutoff():
     # Told nothing of the storage, float64 arithmetic takes the rounding for signal.
     blind = NullSpace(D - R).fit(PairData.from_arrays(o16.astype(np.float64), g16.astype(np.float64)))
     assert blind.report["numerical_rank"] == D
-    assert blind.report["decided_by"] == "float64 arithmetic"
+    assert blind.report["decided_by"].startswith("float64 arithmetic")
+    # All its singular values lie far above what the Gram would lose: no second pass by QR.
+    assert blind.report["accumulator"].startswith("gram: the smallest singular value")
 
 
 def test_the_cutoff_is_the_larger_of_both_floors():
