@@ -1,7 +1,7 @@
 """One pass over a store's pairs: moments in parts that are kept, taken up again, and merged.
 
-Parts are hashed from the photo (the origin's ``group``): folds can merge parts instead of reading again, and a
-killed pass loses the part that it was at. The sums are made on the CPU, where the store is read to.
+Parts are hashed from the photo (the origin's ``group``): folds can merge parts instead of reading again, and
+a killed pass loses the part that it was at. The sums are made on the CPU, where the store is read to.
 """
 
 from __future__ import annotations

@@ -85,6 +85,9 @@ def test_every_readme_command_runs(tmp_path: Path) -> None:
     assert {c.split()[0] for c in commands} == {"latentstore", "solve"}
     for command in commands:
         words = shlex.split(command)
+        # 576 numbers an image: as long as any rank on the page, and quick to solve.
+        if words[:2] in (["latentstore", "encode"], ["latentstore", "plan"]) and "--image-size" not in words:
+            words += ["--image-size", "96"]
         if words[:2] == ["latentstore", "demo"]:
             words += ["--image-size", "64", "--rank", "32", "--budget", "2"]
         if "OWNER/NAME" in command:
