@@ -392,7 +392,11 @@ def _caveats(gallery: Collection, pairs: Collection, options: DemoOptions) -> li
             f"There are fewer training pairs ({n_pairs}) than dimensions ({dim}): the exact null space that "
             "svd finds is arithmetic, not learned."
         )
-    out.append("PCA-whitening and the analytic map read the covariance of the whole gallery, without labels.")
+    out.append(
+        "PCA-whitening and the analytic map read the covariance of the whole gallery, without labels. "
+        "PCA-whitened @k is the best of its ranks by these very queries: an advantage that a control may "
+        "have."
+    )
     out.append("Intervals resample photographs, not pictures; with few of them they are rough.")
     return out
 

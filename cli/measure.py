@@ -11,6 +11,7 @@ import numpy as np
 from cli.collection import Collection, Queries, Rows
 from latentstore.errors import UsageError
 from latentstore.results import Figure
+from solvers.gallery_maps import Centred, Identity, Pca
 from solvers.metrics import (
     Ranking,
     average_precision,
@@ -22,9 +23,14 @@ from solvers.metrics import (
 )
 from solvers.projection import Projection
 from solvers.selection import controls
+from solvers.weighted import NormWeighted
 
 ROUGH = 10
 """Photos below which a bootstrap interval is too narrow to be trusted."""
+LADDER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Ranks of PCA-whitening as a control."""
+THEMSELVES = frozenset({Identity.name, Centred.name, Pca.name, NormWeighted.name})
+"""Methods that are controls."""
 MEMORY = 4 << 30
 """Bytes that projected references may take at a time."""
 
@@ -119,14 +125,22 @@ def evaluate(
             gallery.references(projection, rows),
             reference_labels,
         )
+    shown = _best_of_ladders(
+        [n for n in control_set if n not in methods],
+        {n: out.rankings[n, asked.group].map for n in control_set},
+    )
     best = max(
-        (n for n in control_set if n != "random subspace"),
+        (n for n in shown if n != "random subspace"),
         key=lambda n: out.rankings[n, asked.group].map,
         default=None,
     )
     for name in methods:
         ranking = out.rankings[name, asked.group]
         out.figures += _figures(name, "method", asked.group, ranking, groups)
+        if name in THEMSELVES:
+            sentence = f"{name} is a control itself: every W is to beat it, and it has nothing to beat."
+            out.methods.append(Measured(name, asked.group, ranking, verdict=sentence))
+            continue
         measured = _against(name, asked.group, ranking, best, out, groups)
         out.methods.append(measured)
         if measured.gain is not None:
@@ -143,7 +157,7 @@ def evaluate(
                     measured.verdict,
                 )
             )
-    for name in control_set:
+    for name in shown:
         out.figures += _figures(name, "control", asked.group, out.rankings[name, asked.group], groups)
     n = len(asked.rows)
     chance = chance_map(len(rows))
@@ -227,11 +241,11 @@ def verdict(
 
 
 def fit_controls(collection: Collection, rank: int) -> dict[str, Projection]:
-    """Fit raw, centred, PCA-whitened and a random subspace.
+    """Fit raw, centred, norm-weighted, PCA-whitened and a random subspace.
 
-    PCA-whitening comes with both exponents, at W's rank, at all ranks, and at a quarter of W's rank (or of
-    the gallery's span, where that is smaller: whitened at its full span, a small gallery has no two
-    directions alike). The best of them counts.
+    PCA-whitening comes with both exponents: at W's rank, over the gallery's whole span, and (``@k``) at every
+    rank of :data:`LADDER` below it, of which :func:`evaluate` keeps the best by its own queries: a control
+    may have that advantage, and the verdict then does not depend on W's rank.
     """
     found = controls(collection.data, min(rank, collection.store.layout.dim))
     own: dict[str, Projection] = {}
@@ -240,10 +254,22 @@ def fit_controls(collection: Collection, rank: int) -> dict[str, Projection]:
         twin = name.removesuffix(", all")
         if name == twin or own[twin].rank != projection.rank:
             own[name] = projection
-            quarter = projection.rank // 4
-            if name.startswith("PCA") and name == twin and quarter:
-                own[f"{name} @{quarter}"] = projection.truncated(quarter)
+            if name.startswith("PCA") and name == twin:
+                full = found.get(f"{name}, all", projection)
+                for k in LADDER:
+                    if k < full.rank and k != projection.rank:
+                        own[f"{name} @{k}"] = full.truncated(k)
     return own
+
+
+def _best_of_ladders(names: list[str], score: Mapping[str, float]) -> list[str]:
+    """Leave out of ``A @8``, ``A @16`` ... all but the best; the lower rank of equals."""
+    best: dict[str, str] = {}
+    for name in names:
+        ladder, at, _ = name.partition(" @")
+        if at and (ladder not in best or score[name] > score[best[ladder]]):
+            best[ladder] = name
+    return [n for n in names if " @" not in n or n in best.values()]
 
 
 def residuals(collection: Collection, projection: Projection, random: Projection, split: str) -> list[Figure]:

@@ -203,6 +203,9 @@ def solved(result: Solved, path: Path) -> str:
         lines.append(f"  {facts['statement']}")
     if facts["chosen"]:
         lines.append(f"  {facts['chosen']}")
+    knobs = {k: v for k, v in result.projection.knobs.items() if k != "rank" and v is not None}
+    if knobs:
+        lines.append("  knobs: " + ", ".join(f"{k.replace('_', '-')} {_value(v)}" for k, v in knobs.items()))
     residual = {f.subject: f for f in result.report.figures if f.name == "held-out residual"}
     if residual:
         own, random = (residual[s].value for s in (result.projection.method, "random subspace"))
@@ -215,6 +218,13 @@ def solved(result: Solved, path: Path) -> str:
 
         lines += ["", tried(facts["choices"])]
     return "\n".join([*lines, *_measured(result.report, above=(facts["chosen"], facts.get("statement")))])
+
+
+def _value(value: Any) -> str:
+    """Return a knob's value in a few characters."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def evaluated(report: Report) -> str:

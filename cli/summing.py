@@ -35,8 +35,8 @@ class Kept:
         That have sums of their own; empty when only the sums over all are kept.
     parts, made : int
         Files, and how many of them were made just now.
-    bytes, memory : int
-        On disk, and what a part takes while it is summed.
+    bytes, all_bytes, memory : int
+        Of these parts on disk, of all sums that are kept there, and what a part takes while it is summed.
     seconds : float
     ran_on : str
     """
@@ -50,6 +50,7 @@ class Kept:
     parts: int
     made: int
     bytes: int
+    all_bytes: int
     memory: int
     seconds: float
     ran_on: str
@@ -116,6 +117,7 @@ def run_moments(
         parts=len(plan.tasks),
         made=made,
         bytes=plan.bytes,
+        all_bytes=sum(p.stat().st_size for p in kept.folder_of(collection.store).rglob("*.safetensors")),
         memory=bytes_needed(collection.store.layout.dim)[0],
         seconds=time.perf_counter() - began,
         ran_on=ran_on,
@@ -131,7 +133,7 @@ def kept_text(kept: Kept) -> str:
     """Return what is kept, in the terminal."""
     from cli.render import size
 
-    of = f", each of {len(kept.models)} models apart and all together" if kept.models else ""
+    of = f", {', '.join(kept.models)} apart and all together" if len(kept.models) > 1 else ""
     made = (
         f"{kept.made} of {kept.parts} parts made now" if kept.made else f"all {kept.parts} parts were there"
     )
@@ -140,7 +142,8 @@ def kept_text(kept: Kept) -> str:
         f"{kept.store}: sums of {kept.pairs:,} training pairs of {kept.origins:,} origins, "
         f"{kept.dim:,} numbers each{of};\n  and of the gallery's {kept.gallery:,} rows\n"
         f"  {made}{rate}\n"
-        f"  {size(kept.bytes)} on disk, {size(kept.memory)} of memory while a part is summed\n"
+        f"  {size(kept.bytes)} on disk ({size(kept.all_bytes)} with all that is kept, --drop deletes it), "
+        f"{size(kept.memory)} of memory while a part is summed\n"
         "  solve takes them up by itself while the latents stay as they are (only svd reads rows as well,\n"
         "  where sums cannot tell what is zero)."
     )

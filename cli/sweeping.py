@@ -200,8 +200,8 @@ def _check_method(method: str, refit: bool) -> None:
     known = get(method)
     if not has_rank(method):
         raise UsageError(
-            f"The method {method} has no rank to sweep: it keeps every dimension. It stands in the table of "
-            "every other method as a control."
+            f"The method {method} has no rank to sweep: it keeps every dimension. solve shows it "
+            "as a control beside every other method."
         )
     if not (known.nested_ranks or refit):
         raise UsageError(

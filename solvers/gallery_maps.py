@@ -101,6 +101,13 @@ class Pca(Capabilities):
     name: ClassVar[str] = "pca"
     all_ranks: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.exponent <= 1.0:
+            raise SolverUsageError(
+                f"The exponent must lie between 0 (rotate only) and 1, not {self.exponent}; 0.25 and 0.5 are "
+                "the usual whitenings."
+            )
+
     def fit(self, data: PairData) -> Fitted:
         """Fit on the gallery."""
         spectrum = data.gallery_spectrum

@@ -17,6 +17,9 @@ from .linalg import eigh, fix_signs
 from .moments import Moments
 from .rank import EPS64, check_rank, tile_noise
 
+LARGEST_RIDGE = 1e6
+"""In units of the mean diagonal; beyond it W is the principal components in all but name."""
+
 
 @dataclass(frozen=True)
 class GeneralisedNull(Capabilities):
@@ -46,10 +49,10 @@ class GeneralisedNull(Capabilities):
     needs_pairs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.lam) and self.lam > 0):
+        if not 0 < self.lam <= LARGEST_RIDGE:
             raise SolverUsageError(
-                f"lam must be positive and finite, not {self.lam}: without a ridge S_t may be singular. "
-                "Try 1."
+                f"lam must be positive and at most {LARGEST_RIDGE:g}, not {self.lam}: without a ridge S_t "
+                "may be singular, and beside a larger one nothing is left of it. Try 1."
             )
 
     def fit(self, data: PairData) -> Fitted:

@@ -59,14 +59,14 @@ def cholesky(a: Any) -> Any:
         found = scipy.linalg.cholesky(a, lower=True) if on_host(a) else namespace(a).linalg.cholesky(a)
     except Exception as error:  # each library has a type of its own for it
         raise SolverUsageError(
-            f"A covariance of {a.shape[0]} dimensions is not positive definite ({type(error).__name__}): too "
-            "few rows, or constant dimensions. Give a larger ridge (--lam)."
+            "A covariance of this fit is not positive definite: fewer rows than dimensions, or dimensions "
+            "that are constant. Give a larger ridge (--lam)."
         ) from error
     # CuPy does not look at the outcome.
     if not bool(namespace(found).isfinite(found[-1, -1])):
         raise SolverUsageError(
-            f"A covariance of {a.shape[0]} dimensions is not positive definite: too few rows, or constant "
-            "dimensions. Give a larger ridge (--lam)."
+            "A covariance of this fit is not positive definite: fewer rows than dimensions, or dimensions "
+            "that are constant. Give a larger ridge (--lam)."
         )
     return found
 

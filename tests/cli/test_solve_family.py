@@ -73,7 +73,8 @@ def test_every_method_is_fitted_measured_and_its_open_knobs_chosen(
     W = tmp_path / "W.safetensors"
     rank = ["--rank", "12"] if knobs.has_rank(method) else []
     text = solve("--method", method, *rank, "--store", store, "--out", W)
-    for part in (method, "raw", "norm-weighted", "PCA-whitened ½", "best control"):
+    said = "is a control itself" if method in measure.THEMSELVES else "best control"
+    for part in (method, "raw", "norm-weighted", "PCA-whitened ½", said):
         assert part in text
     projection, report = Projection.load(W), load(W.with_suffix(".results.json"))
     assert projection.method == method
@@ -278,3 +279,35 @@ def test_names_that_are_near(store: Path) -> None:
     assert "'auto'" in solve("--method", "autos", "--store", store, code=2)
     with pytest.raises(SolverUsageError, match="gnull"):
         knobs.check_name("wccn")
+
+
+def test_the_controls_do_not_depend_on_the_rank_of_w(store: Path, tmp_path: Path) -> None:
+    """PCA-whitening stands at the best of a ladder of ranks, by the very queries: no rank of W hides it."""
+    best, ladder = {}, {}
+    for rank in (5, 40):
+        out = tmp_path / f"{rank}.safetensors"
+        solve("--method", "gnull", "--rank", str(rank), "--lam", "1", "--store", store, "--out", out)
+        figures = load(out.with_suffix(".results.json")).figures
+        found = {f.subject: f.value for f in figures if (f.name, f.role) == ("mAP", "control")}
+        ladder[rank] = {n: v for n, v in found.items() if " @" in n}
+        best[rank] = max(v for n, v in found.items() if n.startswith("PCA"))
+        assert sorted(n.partition(" @")[0] for n in ladder[rank]) == ["PCA-whitened ¼", "PCA-whitened ½"]
+    assert ladder[5] == ladder[40]
+    collection = Collection.open(store)
+    queries = collection.queries("test")
+    every = measure.fit_controls(collection, 40)
+    steps = {n: p for n, p in every.items() if " @" in n}
+    assert len(steps) > 4
+    for name, value in ladder[40].items():
+        own = [p for n, p in steps.items() if n.partition(" @")[0] == name.partition(" @")[0]]
+        alone = [
+            measure.evaluate(collection, queries, {"x": p}, {}).rankings["x", queries.group].map for p in own
+        ]
+        assert value == max(alone)
+
+
+def test_a_control_has_nothing_to_beat(store: Path, tmp_path: Path) -> None:
+    text = solve("--method", "norm-weighted", "--store", store, "--out", tmp_path / "W.safetensors")
+    assert "norm-weighted is a control itself" in text
+    assert text.count("\n  norm-weighted ") == 1
+    assert "best control" not in text
