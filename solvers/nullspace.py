@@ -19,8 +19,8 @@ from .rank import EPS64, Cutoff, check_rank, tile_noise
 from .spectrum import dual_gram, dual_vectors, fit_spectrum
 
 ACCUMULATORS = ("auto", "gram", "qr")
-NEAR = 30.0
-"""Times the Gram's cutoff from which its singular values are good to a thousandth (the cutoff is squared)."""
+NEAR = 5.0
+"""Times the Gram's cutoff from which its singular values are good to a fiftieth: the errors are of squares."""
 
 
 @dataclass(frozen=True)
