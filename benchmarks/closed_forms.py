@@ -175,7 +175,7 @@ def time_methods(store: LatentStore) -> list[Figure]:
 
 
 def peak() -> int:
-    """Return the most memory that this process held, in bytes. (getrusage also counts its parent's.)"""
+    """Return the most memory that this process held, in bytes; getrusage would count its parent's, too."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 

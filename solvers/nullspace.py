@@ -20,7 +20,7 @@ from .spectrum import dual_gram, dual_vectors, fit_spectrum
 
 ACCUMULATORS = ("auto", "gram", "qr")
 NEAR = 5.0
-"""Times the Gram's cutoff from which its singular values are good to a fiftieth: the errors are of squares."""
+"""Times the Gram's cutoff from which its singular values are good to a fiftieth: errors are of squares."""
 
 
 @dataclass(frozen=True)
