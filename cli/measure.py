@@ -78,6 +78,8 @@ def evaluate(
     queries: Queries,
     methods: Mapping[str, Projection],
     control_set: Mapping[str, Projection],
+    *,
+    every_rank: bool = False,
 ) -> Evaluation:
     """Measure mAP and Acc of methods and controls on queries, against every valid origin and reference.
 
@@ -86,6 +88,8 @@ def evaluate(
     gallery : Collection
     queries : Queries
     methods, control_set : mapping of name to Projection
+    every_rank : bool
+        Keep all of ``A @8``, ``A @16`` ... of the controls, not the best alone.
 
     Returns
     -------
@@ -125,10 +129,9 @@ def evaluate(
             gallery.references(projection, rows),
             reference_labels,
         )
-    shown = _best_of_ladders(
-        [n for n in control_set if n not in methods],
-        {n: out.rankings[n, asked.group].map for n in control_set},
-    )
+    shown = [n for n in control_set if n not in methods]
+    if not every_rank:
+        shown = _best_of_ladders(shown, {n: out.rankings[n, asked.group].map for n in shown})
     best = max(
         (n for n in shown if n != "random subspace"),
         key=lambda n: out.rankings[n, asked.group].map,

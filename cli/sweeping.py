@@ -142,7 +142,9 @@ def sweep(
     methods = {_name(method, k): p for k, p in kept.items()}
     sources = {**{_name(method, k): (method, k) for k in kept}, **_control_sources(control_set, dim)}
     groups = _groups(collection, queries, learned=get(method).needs_pairs)
-    measured = [measure.evaluate(collection, group, methods, control_set) for group in groups]
+    measured = [
+        measure.evaluate(collection, group, methods, control_set, every_rank=True) for group in groups
+    ]
     points = [*validated]
     for evaluation, group in zip(measured, groups, strict=True):
         points += _points(evaluation, group.group, "test", sources)
