@@ -32,6 +32,7 @@ from cli.kept import (
     prepare_folder,
     writable,
 )
+from cli.merging import merge_tree
 from cli.streams import OnRows, Rows, Task, rough_mean, sum_rows, summed
 from latentstore.errors import StoreWriteError, UsageError
 from latentstore.files import write_atomic
@@ -120,8 +121,8 @@ class PairPass:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the parts take on disk."""
-        return sum(self._bytes(task) for task in self.tasks)
+        """Bytes that the parts and their total take on disk."""
+        return sum(self._bytes(task) for task in self.tasks) + bytes_needed(self.store.layout.dim)[1]
 
     def _bytes(self, task: Task) -> int:
         rows, both = (f(self.store.layout.dim) for f in (row_bytes, lambda d: bytes_needed(d)[1]))
@@ -169,13 +170,11 @@ class PairPass:
         """
         todo = self.todo()
         if not todo:
+            self._keep_total(client)
+            self._sweep()
             return 0
         prepare_folder(self.folder, self.store, sum(map(self._bytes, todo)))
         check_memory(self.store.layout.dim, PART_MATRICES)
-        for old in set(self.folder.parent.glob("pairs-*")) - {self.folder}:
-            with suppress(OSError):  # another process may be at it: it is swept when nobody can be
-                if time.time() - old.stat().st_mtime > STALE:
-                    shutil.rmtree(old)
         if client is None:
             for task in todo:
                 self._maker(task)(on_rows=on_rows)
@@ -187,9 +186,51 @@ class PairPass:
                 future.result()
                 if on_rows is not None:
                     on_rows(len(futures[future].translations), 0)
+        self._keep_total(client)
         name = "plan-{parts}{}.json".format("-models" * self.asked["models"], **self.asked)
         write_atomic(self.folder / name, json.dumps(self.asked).encode())
+        self._sweep()
         return len(todo)
+
+    def _sweep(self) -> None:
+        """Delete what was kept of latents that have changed since, unless another process may be at it."""
+        for old in set(self.folder.parent.glob("pairs-*")) - {self.folder}:
+            with suppress(OSError):
+                finished = any(old.glob("plan-*.json")) and not any(old.glob(".*.partial"))
+                if finished or time.time() - old.stat().st_mtime > STALE:
+                    shutil.rmtree(old)
+
+    @property
+    def total(self) -> Path:
+        """The file of all parts merged: what a fit reads instead of every part."""
+        digest = hashlib.blake2b(digest_size=12)
+        for task in self.tasks:
+            digest.update(self.path(task).name.encode())
+        return self.folder / f"total-{digest.hexdigest()}.safetensors"
+
+    def _keep_total(self, client: Any) -> None:
+        """Merge all parts in a tree and keep what comes out; without it every fit merges the parts."""
+        pairs = [t for t in self.tasks if t.model is not None]
+        if len(pairs) < 2 or self.total.is_file():
+            return
+        several = len(pairs) < len(self.tasks)
+        out = self.folder / f".{self.total.stem}.partial" if several else self.total
+        # A damaged part is summed anew by moments(), which need not have a total.
+        with suppress(OSError, ProjectionFormatError, SolverWriteError):
+            merge_tree([self.path(t) for t in pairs], out, client)
+            if several:
+                total = Moments.load(out)[0]
+                total.origins = self._all_origins(self.tasks)
+                total.save(self.total)
+                out.unlink()
+
+    def _all_origins(self, tasks: Sequence[Task]) -> RowSums:
+        """Return the origins of the parts, each once however many models translated it."""
+        shared = [t for t in tasks if t.model is None]
+        total = self._origins(shared[0])
+        for task in shared[1:]:
+            total.merge(self._origins(task))
+        return total
 
     def _maker(self, task: Task) -> partial[None]:
         """Return what makes and keeps a part, here or on a worker."""
@@ -204,28 +245,27 @@ class PairPass:
         )
 
     def moments(self, model: str | None = None, *, without: Sequence[int] = ()) -> Moments:
-        """Merge the parts in a fixed order: of one model or of all, without some of them.
+        """Return the sums of one model or of all, without some of the parts: kept, or merged from the parts.
 
-        A part that is not kept, or damaged, is summed anew.
+        Parts are merged in a fixed order. One that is not kept, or damaged, is summed anew.
 
         Raises
         ------
         UsageError
             No pairs are left.
         """
+        if model is None and not without:
+            with suppress(OSError, ProjectionFormatError):
+                return Moments.load(self.total)[0]
         chosen = [t for t in self.tasks if t.part not in without]
         if model is not None:
             chosen = [t for t in chosen if t.model == model]
-        shared = [t for t in chosen if t.model is None]
         pairs = [t for t in chosen if t.model is not None]
         if not pairs:
             raise UsageError(f"There are no pairs of {model or 'any model'} in what is left of the parts.")
         total = merged(self._part(task) for task in pairs)
-        if shared:
-            # An origin that several models translated counts once.
-            total.origins = self._origins(shared[0])
-            for task in shared[1:]:
-                total.origins.merge(self._origins(task))
+        if len(pairs) < len(chosen):
+            total.origins = self._all_origins(chosen)
         return total
 
     def _part(self, task: Task) -> Moments:

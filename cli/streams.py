@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,8 +55,16 @@ def summed(
     own = np.unique(task.origins)
     moments = Moments(reader.layout.dim, shift=shift, precision=precision)
 
+    # One block's differences are read from while the next one's are formed; no more memory than that.
+    largest, dim = min(TILE, len(task.translations)), reader.layout.dim
+    stored = np.empty((largest, dim), reader.layout.dtype)
+    differences = itertools.cycle([np.empty((largest, dim), precision) for _ in range(2)])
+
     def prepared(rows: tuple[Rows, Rows, Rows]) -> Prepared:
-        return moments.pairs.prepare(*_read_pairs(reader, *rows))
+        own, translations, of = rows
+        n = len(translations)
+        g = reader.gather(translations, stored[:n])
+        return moments.pairs.prepare(reader.gather(own), g, of, out=next(differences)[:n])
 
     for block in ahead(prepared, _blocks(task)):
         moments.pairs.add(block)

@@ -9,6 +9,7 @@ import numpy as np
 
 from .arrays import as_like, namespace
 from .errors import SolverUsageError
+from .halves import single
 from .linalg import on_host
 
 
@@ -31,8 +32,11 @@ def checked_of(origins: Any, translations: Any, of: Any) -> np.ndarray | None:
     return which.astype(np.int64)
 
 
-def grouped(o: Any, g: Any, of: np.ndarray) -> tuple[Any, Any, Any]:
-    """Return all differences, each origin's sum of them, and its count, in its library."""
+def grouped(o: Any, g: Any, of: np.ndarray, out: np.ndarray | None = None) -> tuple[Any, Any, Any]:
+    """Return all differences, each origin's sum of them, and its count, in its library.
+
+    `out`, (n, dim) of the origins' dtype, takes the differences of NumPy rows.
+    """
     xp = namespace(o)
     if (np.diff(of) < 0).any():
         order = np.argsort(of, kind="stable")
@@ -47,7 +51,7 @@ def grouped(o: Any, g: Any, of: np.ndarray) -> tuple[Any, Any, Any]:
         summed = xp.astype(ends[1:] - ends[:-1], t.dtype)
         return t, summed, as_like(np.bincount(of, minlength=o.shape[0]).astype(np.float64), o)
     # Sorted, an origin's translations lie together: one short look at each, while it is in the cache.
-    t, summed = g.astype(o.dtype), np.zeros_like(o)
+    t, summed = _copied(g, o.dtype, out), np.zeros_like(o)
     edges = np.flatnonzero(np.diff(of, prepend=-1, append=-1))
     if len(edges) == len(of) + 1:  # one each: nothing to add up
         t -= o[of]
@@ -58,3 +62,12 @@ def grouped(o: Any, g: Any, of: np.ndarray) -> tuple[Any, Any, Any]:
         own -= o[of[first]]
         own.sum(axis=0, out=summed[of[first]])
     return t, summed, np.bincount(of, minlength=len(o)).astype(o.dtype)
+
+
+def _copied(g: np.ndarray, dtype: np.dtype[Any], out: np.ndarray | None) -> np.ndarray:
+    if dtype == np.float32:
+        return single(g, out)
+    if out is None:
+        return g.astype(dtype)
+    np.copyto(out, g)
+    return out

@@ -23,7 +23,7 @@ from .frequency import Shape, check_shape
 from .gallery_maps import Capabilities
 from .generalised import difference_basis, difference_report, ridge
 from .invariant import invariant
-from .linalg import cholesky, eigh, fix_signs, solve_lower
+from .linalg import cholesky, eigh, fix_signs, gram, solve_lower
 from .projection import SCORES
 from .rank import EPS64, check_rank
 
@@ -146,7 +146,7 @@ class Cca(JointMap):
         lower_o = cholesky(with_ridge(self._cov(data, "cov_oo"), self.lam, data.dim))
         lower_g = cholesky(with_ridge(self._cov(data, "cov_gg"), self.lam, data.dim))
         K = whitened(self._cov(data, "cov_og"), lower_o, lower_g)
-        squares, vectors = eigh(K.T @ K, top)
+        squares, vectors = eigh(gram(K), top)
         xp = namespace(squares)
         squares = xp.clip(squares, min=0.0)
         # Without a ridge, equal sides have rho = 1: what is left of 1 - rho^2 is rounding.
@@ -178,9 +178,9 @@ class Regression(JointMap):
         top = columns(self, data)
         lower_o = cholesky(with_ridge(self._cov(data, "cov_oo"), self.lam, data.dim))
         half = solve_lower(lower_o, self._cov(data, "cov_og"))
-        lower = cholesky(with_ridge(self._cov(data, "cov_gg") - half.T @ half, self.lam, data.dim))
+        lower = cholesky(with_ridge(self._cov(data, "cov_gg") - gram(half), self.lam, data.dim))
         half = solve_lower(lower, half.T).T
-        signal, vectors = eigh(half.T @ half, top)
+        signal, vectors = eigh(gram(half), top)
         query = solve_lower(lower, vectors, transposed=True)
         reference = solve_lower(lower_o, half @ vectors, transposed=True)
         return fitted(self, data, query, reference, signal, "directions with explained signal")

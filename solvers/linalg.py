@@ -71,6 +71,33 @@ def cholesky(a: Any) -> Any:
     return found
 
 
+def gram(a: Any) -> Any:
+    """Return aᵀ a, both triangles filled: half the arithmetic of a full product where BLAS is at hand."""
+    if not on_host(a):
+        with full_precision(a):
+            return a.T @ a
+    columns = np.ascontiguousarray(a).T  # what BLAS reads without a copy
+    upper = scipy.linalg.blas.dsyrk(1.0, columns)
+    return np.triu(upper) + np.triu(upper, 1).T
+
+
+def inverse(a: Any) -> Any:
+    """Return the inverse of a positive definite matrix, symmetric to the last bit.
+
+    Raises
+    ------
+    SolverUsageError
+        The matrix is not positive definite.
+    """
+    lower = cholesky(a)
+    if not on_host(a):
+        xp = namespace(a)
+        root = xp.linalg.solve(lower, xp.eye(a.shape[0], dtype=a.dtype, device=a.device))
+        return gram(root)
+    found, _ = scipy.linalg.lapack.dpotri(lower, lower=1)
+    return np.tril(found) + np.tril(found, -1).T
+
+
 def solve_lower(lower: Any, b: Any, *, transposed: bool = False) -> Any:
     """Return L⁻¹ b, or L⁻ᵀ b, for a lower triangular L."""
     if on_host(lower):

@@ -11,7 +11,7 @@ from .fitted import Fitted
 from .gallery_maps import Capabilities
 from .generalised import difference_basis, ridge
 from .joint import PairMap, columns, fitted
-from .linalg import cholesky, eigh, solve_lower, svd
+from .linalg import eigh, gram, inverse, svd
 
 GRAM_FLOOR = 1e-4
 """Down to this share of the largest a Gram gives singular values to 2e-8, and a float32 map keeps no more."""
@@ -59,7 +59,7 @@ class Kissme(PairMap):
     is M made positive semi-definite. The score "bias" ranks by the distance (q - r)^T W W^T (q - r).
 
     Source: Köstinger et al., Large scale metric learning from equivalence constraints, CVPR 2012. Price: the
-    moments, one Cholesky factor, one triangular inverse, two products and one eigen-decomposition of d x d.
+    moments, one inverse, one symmetric product and one eigen-decomposition of d x d.
 
     Parameters
     ----------
@@ -83,9 +83,8 @@ class Kissme(PairMap):
         added = ridge(self.lam, tau, data.moments.full_dim)
         eye = xp.eye(len(tau), dtype=tau.dtype, device=tau.device)
         strangers = pairs.cov_oo + pairs.cov_gg + delta[:, None] * delta[None, :] + added * eye
-        root = solve_lower(cholesky(strangers), eye)
-        metric = (basis / (tau + added)) @ basis.T - root.T @ root
-        values, vectors = eigh((metric + metric.T) / 2, top)
+        metric = gram(((tau + added) ** -0.5)[:, None] * basis.T) - inverse(strangers)
+        values, vectors = eigh(metric, top)
         W = vectors * xp.clip(values, min=0.0) ** 0.5
         what = "directions in which strangers differ more than pairs"
         return fitted(self, data, W, W, values, what, centres=1)
@@ -100,7 +99,7 @@ def leading_svd(a: Any, top: int | None) -> tuple[Any, Any, Any]:
     d = min(a.shape)
     k = d if top is None else min(top, d)
     if k <= d // 3:
-        squares, right = eigh(a.T @ a, k)
+        squares, right = eigh(gram(a), k)
         if float(squares[-1]) > GRAM_FLOOR**2 * float(squares[0]):
             sigma = squares**0.5
             return a @ right / sigma, sigma, right

@@ -13,6 +13,7 @@ from .arrays import as_like, namespace, to_host
 from .errors import SolverUsageError
 from .files import read_safetensors, write_safetensors
 from .grouping import checked_of, grouped
+from .halves import single
 from .linalg import full_precision, on_host
 from .products import TILE, Precision, add_gram, pack, symmetric, unpack
 
@@ -195,10 +196,14 @@ class PairSums:
             used, inverse = np.unique(which[at : at + TILE], return_inverse=True)
             self.add(self.prepare(origins[used], translations[at : at + TILE], inverse))
 
-    def prepare(self, origins: Any, translations: Any, of: Any = None) -> Prepared:
+    def prepare(
+        self, origins: Any, translations: Any, of: Any = None, *, out: np.ndarray | None = None
+    ) -> Prepared:
         """Form what the products are taken of; another thread may do it while products run.
 
         Parameters are those of :meth:`update`, whose blocks may be of any size; this one's are a tile.
+        `out`, (n, dim) NumPy rows of the precision, may take the differences: fresh memory of that size
+        costs the kernel's time.
         """
         namespace(origins, translations, self.shift)
         which = checked_of(origins, translations, of)
@@ -208,7 +213,7 @@ class PairSums:
             t = _cast(g, self.precision) - o
             summed, counts = t, None
         else:
-            t, summed, counts = grouped(o, g, which)
+            t, summed, counts = grouped(o, g, which, out)
         return self._prepared(o, t, summed, counts)
 
     def prepare_differences(self, origins: Any, differences: Any) -> Prepared:
@@ -221,7 +226,8 @@ class PairSums:
         o = o - _cast(self.shift, self.precision)
         weighted = o if counts is None else o * counts[:, None] ** 0.5
         sum_o = _finite_sum(o if counts is None else o * counts[:, None], "origins")
-        return Prepared(t.shape[0], o, weighted, t, summed, sum_o, _finite_sum(t, "translations"))
+        sum_t = _finite_sum(summed, "translations", of=t)
+        return Prepared(t.shape[0], o, weighted, t, summed, sum_o, sum_t)
 
     def add(self, block: Prepared) -> None:
         """Add the products of a prepared block."""
@@ -342,12 +348,16 @@ def _checked(x: Any, dim: int, what: str) -> Any:
     return x
 
 
-def _finite_sum(rows: Any, what: str) -> Any:
-    """Return the float64 column sums, which show in one look whether any value is not finite."""
+def _finite_sum(rows: Any, what: str, of: Any = None) -> Any:
+    """Return the float64 column sums, which show in one look whether any value is not finite.
+
+    `rows` may be sums of the rows that are meant, which are then `of`.
+    """
     xp = namespace(rows)
     total = _column_sums(rows)
     if bool(xp.all(xp.isfinite(total))):
         return total
+    rows = rows if of is None else of
     bad = int(xp.sum(xp.astype(xp.any(~xp.isfinite(rows), axis=1), xp.int64)))
     if not bad:
         raise SolverUsageError(
@@ -373,6 +383,8 @@ def _column_sums(rows: Any) -> Any:
 
 def _cast(x: Any, precision: Precision) -> Any:
     xp = namespace(x)
+    if precision == "float32" and on_host(x) and x.dtype == np.float16:
+        return single(x)
     return xp.astype(x, xp.float32 if precision == "float32" else xp.float64, copy=False)
 
 

@@ -12,6 +12,7 @@ from solvers import moments as moments_module
 from solvers.arrays import to_host
 from solvers.data import PairData
 from solvers.errors import ProjectionFormatError, SolverUsageError
+from solvers.halves import single
 from solvers.methods import METHODS, build, check_rank, get
 from solvers.moments import Moments, bytes_needed, merged, products_for
 from solvers.products import pack, symmetric, unpack
@@ -356,3 +357,27 @@ def test_float32_sums_say_so_after_merging(world):
     coarse, fine = whole(*world, precision="float32"), whole(*world)
     fine.merge(coarse)
     assert fine.precision == "float32"
+
+
+def test_every_half_is_widened_exactly():
+    """Shifted bits give what NumPy's conversion gives, of all 65,536 halves: subnormal, infinite and NaN."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 64)
+    for rows in (halves, halves[::-1], halves.byteswap().view(halves.dtype.newbyteorder())):
+        widened, expected = single(rows), rows.astype(np.float32)
+        same = (widened.view(np.uint32) == expected.view(np.uint32)) | np.isnan(expected)
+        assert same.all()
+        assert np.array_equal(np.isnan(widened), np.isnan(expected))
+    out = np.empty(halves.shape, np.float32)
+    assert single(halves, out) is out
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_half_that_is_not_finite_is_refused(bad, side):
+    rng = np.random.default_rng(0)
+    o, g = (rng.standard_normal((n, 6)).astype(np.float16) for n in (3, 9))
+    (o, g)[side][2, 4] = bad
+    sums = PairSums(6, precision="float32")
+    with pytest.raises(SolverUsageError, match="not finite"):
+        sums.update(o, g, np.repeat(np.arange(3), 3))
+    assert sums.n == 0
