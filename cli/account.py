@@ -6,20 +6,24 @@ from typing import Any
 
 from cli.collection import Collection, Queries
 from cli.measure import Evaluation
+from cli.render import counted
 from latentstore.results import Curve, Figure
+from solvers.methods import get
+
+_OF_T = {
+    "numerical_rank": "numerical rank of T",
+    "cutoff": "cutoff for zero",
+    "sigma_max": "largest singular value of T",
+    "sigma_min": "smallest singular value of T",
+    "n_pairs": "training pairs",
+}
 
 
 def solver_figures(method: str, facts: dict[str, Any]) -> list[Figure]:
-    """Return rank, cutoff and extreme singular values of T as figures."""
+    """Return W's rank as a figure, and of a method that learns from T its rank, cutoff and extreme values."""
     out = []
-    names = {
-        "numerical_rank": "numerical rank of T",
-        "cutoff": "cutoff for zero",
-        "sigma_max": "largest singular value of T",
-        "sigma_min": "smallest singular value of T",
-        "n_pairs": "training pairs",
-        "effective_rank": "rank of W",
-    }
+    learned = get(method.removeprefix("auto: ")).needs_pairs
+    names = {**(_OF_T if learned else {}), "effective_rank": "rank of W"}
     for key, name in names.items():
         value = facts.get(key)
         if value is not None:
@@ -72,10 +76,10 @@ def summary(evaluation: Evaluation, facts: dict[str, Any], queries: Queries) -> 
     """Return the plain sentences that head a solve's report."""
     out = list(evaluation.verdicts)
     if not out:
+        held = counted(len(queries.rows), "query", "queries")
         out.append(
-            f"Not measured: the store has {len(queries.rows)} queries in its test split (one identity in "
-            "ten, by hash). W was written; measure it on attacked or translated pictures with "
-            "latentstore evaluate."
+            f"Not measured: the store has {held} in its test split (one identity in ten, by hash). W was "
+            "written; measure it on attacked or translated pictures with latentstore evaluate."
         )
     if facts.get("statement"):
         out.append(str(facts["statement"]))
@@ -100,41 +104,50 @@ def describe(collection: Collection, queries: Queries, evaluation: Evaluation) -
     }
 
 
-def caveats(collection: Collection, queries: Queries, evaluation: Evaluation) -> list[str]:
-    """Return what the figures can not say."""
+def caveats(
+    collection: Collection, queries: Queries, evaluation: Evaluation, *, learned: bool = True
+) -> list[str]:
+    """Return what the figures can not say; ``learned`` from pairs, or from the gallery alone."""
     out = []
-    if queries.group.startswith("oracle"):
+    measured = bool(evaluation.methods)
+    if measured and queries.group.startswith("oracle"):
         out.append(
             "The queries come from the analytic diffusion, the kind of translation that the analytic map "
             "assumes: an oracle, not an accuracy on real translations."
         )
-    if 0 < len(collection.gallery) < 2000:
+    if measured and 0 < len(collection.gallery) < 2000:
+        images = counted(len(collection.gallery), "image")
         out.append(
-            f"The gallery has {len(collection.gallery)} images; origins are much easier to find among few "
-            "than among millions."
+            f"The gallery has {images}; origins are much easier to find among few than among millions."
         )
-    if 0 < evaluation.n_references < len(collection.gallery):
+    if measured and 0 < evaluation.n_references < len(collection.gallery):
         out.append(
             f"{evaluation.n_references} of the {len(collection.gallery)} gallery rows were ranked, drawn at "
             "random beside all that are asked for: more would not fit in memory, and fewer make it easier."
         )
     if evaluation.n_without_origin:
-        out.append(f"{evaluation.n_without_origin} queries have no origin in the gallery and are left out.")
+        out.append(f"{_queries(evaluation.n_without_origin)} left out: no origin in the gallery.")
     if evaluation.n_copies:
         out.append(
-            f"{evaluation.n_copies} held-out queries were left out: a copy or near-duplicate of their origin "
+            f"{_queries(evaluation.n_copies, 'held-out')} left out: a copy or near-duplicate of their origin "
             "stands in a split that was fitted or chosen on."
         )
     if collection.near[1]:
         out.append(collection.near[1])
     n_pairs = len(collection.pairs("train")[1])
-    if 0 < n_pairs < collection.store.layout.dim:
+    if learned and 0 < n_pairs < collection.store.layout.dim:
         out.append(
             "There are fewer training rows than dimensions, so part of the solution is arithmetic, not "
             "learned."
         )
-    out.append(
-        "PCA-whitening and the analytic map read the gallery's covariance, without labels. PCA-whitened @k "
-        "is the best of its ranks by these very queries: an advantage that a control may have."
-    )
+    if measured:
+        out.append(
+            "PCA-whitening and the analytic map read the gallery's covariance, without labels. PCA-whitened "
+            "@k is the best of its ranks by these very queries: an advantage that a control may have."
+        )
     return out
+
+
+def _queries(n: int, what: str = "") -> str:
+    """Return a number of queries with the verb that agrees: ``1 held-out query was``."""
+    return counted(n, f"{what} query was".strip(), f"{what} queries were".strip())

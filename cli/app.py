@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from cli import commands, store_commands, study_commands
+from cli import ablate_command, commands, import_command, store_commands, study_commands
 from latentstore import __version__
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -36,7 +36,13 @@ def _root(
     del version
 
 
-COMMANDS = (*commands.COMMANDS, *study_commands.COMMANDS, *store_commands.COMMANDS)
+COMMANDS = (
+    *commands.COMMANDS,
+    *study_commands.COMMANDS,
+    *store_commands.COMMANDS,
+    *import_command.COMMANDS,
+    *ablate_command.COMMANDS,
+)
 for _command in COMMANDS:
     app.command()(_command)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from cli import measure
 from cli.choosing import SIGNS, Judge, default_ranks, fits, nested, number, open_knobs, row, settings
 from cli.collection import Collection
 from cli.knobs import SolveOptions, fields, has_rank
-from cli.render import percent
+from cli.render import counted, percent
 from cli.simulating import SimulatedPairs
 from cli.training import Progress, fit_cosface
 from solvers.analytic import Analytic
@@ -87,7 +88,7 @@ def fit_auto(
     simulated : SimulatedPairs, optional
         Where ``data`` comes from, when it is not the store's own pairs.
     say : callable
-        Takes a line for each fit, with the time that is left.
+        Takes a line for each method, with the time that is left.
     """
     top = top_rank(options, collection.store.layout.dim)
     if judge is None:
@@ -111,9 +112,9 @@ def fit_auto(
         yield from controls
         for name in methods:
             if get(name).needs_torch:
-                fitted, _ = fit_cosface(
+                fitted = fit_cosface(
                     collection, options, top, judge=judge, simulated=simulated, progress=progress
-                )
+                ).fitted
                 yield _Map(name, fitted.projection(), dict(fitted.report), [fitted.rank], False)
                 continue
             source = data if get(name).needs_pairs else collection.data
@@ -152,19 +153,28 @@ def _tournament(maps: Iterator[_Map], total: int, judge: Judge, say: Say) -> Fou
     best: Found | None = None
     table: list[dict[str, Any]] = []
     began = time.perf_counter()
-    for done, tried in enumerate(maps, start=1):
-        p, here = tried.projection, []
-        for k, ranking in judge.prefixes(p, tried.ranks).items():
-            here.append(row(tried.label, p, k, ranking, control=tried.control))
-            key = (-ranking.map, not tried.control, _level(p.method), k if has_rank(p.method) else 0, done)
-            if best is None or key < best.key:
-                cut = p if k == p.rank else p.truncated(k)
-                best = Found(cut, _cut_facts(tried.facts, p.rank, k), row=here[-1], key=key)
+    done = 0
+    for _, fits_of_one in groupby(maps, key=lambda tried: tried.label):
+        here: list[dict[str, Any]] = []
+        for tried in fits_of_one:
+            p, done = tried.projection, done + 1
+            for k, ranking in judge.prefixes(p, tried.ranks).items():
+                here.append(row(tried.label, p, k, ranking, control=tried.control))
+                key = (
+                    -ranking.map,
+                    not tried.control,
+                    _level(p.method),
+                    k if has_rank(p.method) else 0,
+                    done,
+                )
+                if best is None or key < best.key:
+                    cut = p if k == p.rank else p.truncated(k)
+                    best = Found(cut, _cut_facts(tried.facts, p.rank, k), row=here[-1], key=key)
         table += here
         seconds = time.perf_counter() - began
         first = max(here, key=lambda r: r["map"])
         say(
-            f"auto: {done} of {total}, {described(first)}: validation mAP {percent(first['map'])} %; "
+            f"auto: {done} of {total} fits, {described(first)}: validation mAP {percent(first['map'])} %; "
             f"{seconds:.0f} s so far, about {seconds / done * (total - done):.0f} s left"
         )
     assert best is not None  # noqa: S101 - the controls are always there
@@ -208,7 +218,10 @@ def summary(table: Sequence[Mapping[str, Any]]) -> str:
             "There are no validation queries to choose on, so nothing was tried: this is the analytic map at "
             "its defaults, made from the collection alone."
         )
-    tried = f"{len(table)} maps were tried on {best['n']} validation queries"
+    judged = counted(best["n"], "validation query", "validation queries")
+    tried = f"{len(table)} maps were tried on {judged}"
+    if best["n"] < measure.ROUGH:
+        tried += " (so few that much of the choice is chance)"
     if best["control"]:
         return (
             f"{tried}, and no W was better than the controls: the answer is the control {described(best)}, "

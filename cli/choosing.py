@@ -11,6 +11,7 @@ import numpy as np
 from cli import measure
 from cli.collection import Collection, Queries
 from cli.knobs import fields
+from cli.render import counted
 from solvers.data import PairData
 from solvers.fitted import Fitted
 from solvers.generalised import GeneralisedNull, fit_path
@@ -162,12 +163,14 @@ def settled(method: str, named: Mapping[str, Any], choices: Sequence[Mapping[str
     if best is None:
         return ""
     free = [f"{SIGNS.get(k, k)} = {number(best['knobs'][k])}" for k in open_knobs(method) if k not in named]
-    return f"{' and '.join(free)}, chosen on validation among {len(choices)} ({best['n']} queries)."
+    judged = counted(best["n"], "query", "queries")
+    return f"{' and '.join(free)}, chosen on validation among {len(choices)} ({judged})."
 
 
 def number(value: Any) -> str:
-    """Return a knob's value in words: several levels as ``0.1+0.4``, a shape as ``4×32×32``."""
+    """Return a knob's value in words: levels as ``0.1+0.4`` or ``0.02+…+0.7``, a shape as ``4×32×32``."""
     if isinstance(value, tuple | list):
+        value = [value[0], "…", value[-1]] if len(value) > 3 else value
         return ("×" if all(isinstance(v, int) for v in value) else "+").join(map(number, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 

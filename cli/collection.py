@@ -23,6 +23,8 @@ from solvers.sums import RowSums
 
 Rows = npt.NDArray[np.int64]
 BLOCK = 1024
+HELD = 128 << 20
+"""Bytes of latents that are kept in memory because many maps are applied to them one after the other."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Collection:
             setattr(self, name, np.asarray(table[name].to_pylist(), dtype=object))
         self.ok = store.status() == OK
         self.on_pass: streams.OnRows | None = None
+        self._held: dict[bytes, npt.NDArray[np.floating[Any]]] = {}
 
     path: npt.NDArray[Any]
     identity: npt.NDArray[Any]
@@ -176,6 +179,10 @@ class Collection:
                 found[self.identity[row]] = int(row)
         return found
 
+    def origin_rows(self, identities: Any) -> Rows:
+        """Return the row of each identity's origin (or reference), -1 where the store has none."""
+        return np.array([self._origin_of.get(i, -1) for i in identities], np.int64)
+
     def pairs(self, split: str) -> tuple[Rows, Rows]:
         """Return (origin rows, translation rows) of a split, pair by pair."""
         translated = self.translations[self.split[self.translations] == split]
@@ -252,8 +259,21 @@ class Collection:
         return self.store.reader.gather(rows)
 
     def blocks(self, rows: Rows) -> Iterator[npt.NDArray[np.floating[Any]]]:
-        """Yield the latents of rows block by block, read ahead."""
+        """Yield the latents of rows block by block: read ahead, or from memory where they are few."""
+        if len(rows) * self.store.layout.row_bytes <= HELD:
+            few = self._few(rows)
+            yield from (few[at : at + BLOCK] for at in range(0, len(rows), BLOCK))
+            return
         yield from streams.ahead(self.read, (rows[at : at + BLOCK] for at in range(0, len(rows), BLOCK)))
+
+    def _few(self, rows: Rows) -> npt.NDArray[np.floating[Any]]:
+        """Return the latents of rows, kept for the next map that is applied to them."""
+        key = rows.tobytes()
+        if key not in self._held:
+            while len(self._held) >= 2:  # references and queries
+                self._held.pop(next(iter(self._held)))
+            self._held[key] = self.read(rows)
+        return self._held[key]
 
     def references(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
         """Return rows projected as references, (n, m)."""

@@ -8,16 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from cli.guard import STORE, Device, Json, Store, command_line, guarded
-from cli.options import (
-    Accumulator,
-    BackendOption,
-    Dtype,
-    Mode,
-    PosteriorOption,
-    PrecisionOption,
-    Preset,
-    Score,
-)
+from cli.options import BackendOption, Dtype, Mode, PosteriorOption, PrecisionOption
+from cli.solve_command import solve
 
 
 @guarded
@@ -162,129 +154,6 @@ def encode(
         raise typer.Exit(3)
     if render.none_usable(summary):
         raise typer.Exit(1)
-
-
-@guarded
-def solve(
-    method: Annotated[
-        str,
-        typer.Option(
-            help="svd, gnull, plda, cca, regression, procrustes, kissme, cosface; without pairs: analytic; "
-            "or a control: identity, centred, pca, norm-weighted. auto tries all on validation."
-        ),
-    ] = "svd",
-    rank: Annotated[
-        str | None,
-        typer.Option(
-            metavar="R|all",
-            help="Columns of W; all: every direction that the method finds. auto: at most so many.",
-            show_default="512",
-        ),
-    ] = None,
-    store: Store = STORE,
-    out: Annotated[
-        Path | None, typer.Option(help="Where W goes.", show_default="W-METHOD-RANK.safetensors")
-    ] = None,
-    queries: Annotated[
-        Path | None,
-        typer.Option(help="A store of queries to choose and measure on.", show_default="the store itself"),
-    ] = None,
-    lam: Annotated[
-        float | None,
-        typer.Option(help="Ridge λ of methods that have one.", show_default="chosen on validation"),
-    ] = None,
-    score: Annotated[
-        Score | None,
-        typer.Option(help="cosine, or the Bayes score (bias).", show_default="chosen on validation"),
-    ] = None,
-    alpha_bar: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A[,A...]",
-            help="analytic: noise level that is assumed; --simulate: those that are drawn.",
-            show_default="0.1; 0.02 to 0.7",
-        ),
-    ] = None,
-    prompt_strength: Annotated[
-        float | None,
-        typer.Option(help="analytic, --simulate: how far prompts move the mean.", show_default="0; 0.3"),
-    ] = None,
-    latent_shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="store|C,H,W",
-            help="analytic, plda, cca, regression: covariances that are the same everywhere in the picture, "
-            "for few images; store takes the encoder's shape.",
-            show_default="none",
-        ),
-    ] = None,
-    exponent: Annotated[
-        float | None, typer.Option(help="pca: of the whitening.", show_default="0.25")
-    ] = None,
-    accumulator: Annotated[
-        Accumulator | None, typer.Option(help="svd: what T is factored by.", show_default="auto")
-    ] = None,
-    simulated: Annotated[
-        bool,
-        typer.Option(
-            "--simulate", help="Fit on simulated translations of the training images: no pairs needed."
-        ),
-    ] = False,
-    with_cosface: Annotated[
-        bool, typer.Option("--with-cosface", help="auto: try cosface, too (--budget seconds).")
-    ] = False,
-    preset: Annotated[
-        Preset | None, typer.Option(help="cosface: sized to the store, or the paper's.", show_default="auto")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="cosface: seconds of training with --preset auto.", show_default="40")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="cosface, --simulate: of all that is drawn.", show_default="0", min=0),
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Fit W, write it, and report how it does on held-out queries beside its controls.
-
-    Knobs that are left open (--lam, --score) are chosen on validation queries, where there are any.
-
-    Example: solve --method svd --rank 512 --store simulated.zarr
-
-    Example: solve --method auto --store simulated.zarr
-    """
-    from cli import knobs, render, solving
-
-    options = knobs.SolveOptions.of(
-        method,
-        None if rank is None else knobs.parse_rank(rank),
-        simulate=simulated,
-        with_cosface=with_cosface,
-        lam=lam,
-        score=score and score.value,
-        alpha_bar=None if alpha_bar is None else knobs.parse_levels(alpha_bar),
-        prompt=prompt_strength,
-        latent_shape=None if latent_shape is None else knobs.parse_shape(latent_shape),
-        exponent=exponent,
-        accumulator=accumulator and accumulator.value,
-        preset=preset and preset.value,
-        budget=budget,
-        seed=seed,
-    )
-    own_rank = method != knobs.AUTO and knobs.has_rank(method)
-    path = out or Path(f"W-{method}-{options.rank}.safetensors" if own_rank else f"W-{method}.safetensors")
-    # The lines of auto and a bar would write over each other.
-    with render.steps(method, quiet=json_ or method == knobs.AUTO) as progress:
-        solved = solving.solve(
-            store,
-            path,
-            options,
-            queries=queries,
-            progress=progress,
-            say=(lambda text: None) if json_ else render.note,
-            command=command_line(),
-        )
-    render.emit(solved.report.to_dict()) if json_ else render.say(render.solved(solved, path))
 
 
 @guarded

@@ -9,10 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from cli.collection import Collection
-from cli.likeness import BY_CONSTRUCTION, Found, band_figure, cos_figure, cosine, curve, spectrum_curves
+from cli.likeness import (
+    BY_CONSTRUCTION,
+    PAPER_TABLE,
+    Found,
+    band_figure,
+    cos_figure,
+    cosine,
+    curve,
+    gap,
+    spectrum_curves,
+)
 from cli.refitting import RefitOptions, compare_models
 from cli.render_compare import draw
 from cli.solving import check_writable
+from cli.streams import OnRows
+from cli.summing import OnStart
 from cli.sweeping import check_plot
 from latentstore import results
 from latentstore.errors import SpaceMismatchError, UsageError
@@ -33,6 +45,18 @@ FIRST = (
     "cos φ of two sorted spectra does not tell a trained W from a random one, unless it lies outside the "
     "random band: the 95 % interval of two independent Gaussian matrices of the same shapes."
 )
+ONE_FIT = (
+    "± is left out: each file holds one fit. --store PAIRS fits each model of a store again, and has it."
+)
+PRINTED = {
+    "SDXL": "0.995790 ± 0.000037",
+    "OpenDalle": "0.996532 ± 0.000016",
+    "ColorfulXL": "0.998436 ± 0.000015",
+    "Kandinsky-3": "0.999788 ± 0.000009",
+    "SD3": "0.993256 ± 0.000035",
+    "Kolors": "0.991808 ± 0.000042",
+}
+"""The paper's Table 1: cos φ of Stable Diffusion 2 beside each, over ten trainings by gradients."""
 
 
 def compare(
@@ -43,6 +67,8 @@ def compare(
     out: Path | None = None,
     plot: Path | None = None,
     command: str = "",
+    on_start: OnStart | None = None,
+    on_fit: OnRows | None = None,
 ) -> Report:
     """Compare every pair of projections, and the models of a store of pairs through refits.
 
@@ -57,6 +83,8 @@ def compare(
         Where the report goes, too.
     plot : Path, optional
         PNG to write: the spectra, each beside Gaussian matrices of its shape.
+    on_start, on_fit : callable, optional
+        Called with (fits to make, the same), and with (1, 0) after each fit on the store.
 
     Raises
     ------
@@ -76,12 +104,15 @@ def compare(
     if plot is not None:
         check_plot(plot)
     maps = load_maps(files)
-    found = Found([FIRST])
+    collection = None if store is None else Collection.open(store)
+    dim = next(iter(maps.values())).dim if collection is None else collection.store.layout.dim
+    found = Found(dim, [FIRST])
     if maps:
         _compare_files(maps, found)
-    if store is not None:
-        compare_models(Collection.open(store), refit or RefitOptions(), maps, found)
+    if collection is not None:
+        compare_models(collection, refit or RefitOptions(), maps, found, on_start=on_start, on_fit=on_fit)
     found.summary.insert(1, _counted(found.figures))
+    found.caveats.insert(0, found.spread)
     report = Report(
         kind="compare",
         title=f"Comparison of {' and '.join(maps)}" if 0 < len(maps) < 4 else "Comparison of maps W",
@@ -89,6 +120,9 @@ def compare(
         data={
             "maps": {n: {"method": p.method, "shape": list(p.query_map.shape)} for n, p in maps.items()},
             "store": None if store is None else str(store),
+            "±": found.spread,
+            "models": found.models,
+            **({} if store is None else {PAPER_TABLE: PRINTED}),
         },
         settings={} if store is None else (refit or RefitOptions()).settings,
         reproduce=[command] if command else [],
@@ -110,8 +144,8 @@ def _counted(figures: list[Figure]) -> str:
     built = sum(note.startswith(BY_CONSTRUCTION) for note in notes)
     inside = sum(note.startswith("inside") for note in notes)
     return (
-        f"Of {len(notes)} comparisons, {len(notes) - built - inside} lie outside the random band, {inside} "
-        f"inside, and {built} are 1 by construction."
+        f"Of {len(notes)} comparison{'s' * (len(notes) != 1)}: {len(notes) - built - inside} outside the "
+        f"random band, {inside} inside, {built} at 1 by construction."
     )
 
 
@@ -155,13 +189,14 @@ def _compare_files(maps: dict[str, Projection], found: Found) -> None:
         group = f"{a} × {b}"
         figure = cos_figure(group, spectra[a], spectra[b], bands[shapes])
         found.figures += [figure, band_figure(group, bands[shapes])]
-        found.summary.append(f"{group}: cos φ = {cosine(figure.value)}, {figure.note}.")
+        value = figure.value
+        found.summary.append(f"{group}: cos φ = {cosine(value)} (1 − cos φ = {gap(value)}), {figure.note}.")
         angles = principal_angles(spectra[a], spectra[b])
         found.figures += _angle_figures(group, angles, chance_overlap(spectra[a], spectra[b]))
         found.curves.append(
             curve("principal angles", group, np.degrees(angles), "angle, smallest first", "degrees")
         )
-    found.caveats.append("Two bare files hold one fit each: cos φ carries no ± of its own here.")
+    found.spread = ONE_FIT
     if not all(p.symmetric for p in maps.values()):
         found.caveats.append(
             "Where queries and references are mapped differently, the query map is compared."

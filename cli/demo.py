@@ -339,7 +339,14 @@ def _summary(
         f"They come from {test_photos} photograph{'s' * (test_photos != 1)} kept out of every pair and "
         "every choice."
     )
-    return [lead, *(m.verdict for m in evaluation.methods)]
+    said = [lead, *(m.verdict for m in evaluation.methods)]
+    hindsight = {m.best_control for m in evaluation.methods if " @" in m.best_control}
+    if hindsight:
+        said.append(
+            f"{', '.join(sorted(hindsight))} had the number of its directions chosen by these very queries: "
+            "an advantage that no W has, and that no user would have."
+        )
+    return said
 
 
 def _data(

@@ -19,7 +19,7 @@ import typer
 
 STORE = Path("latents.zarr")
 INTERRUPTED, TERMINATED = 130, 143
-_RESUMED = ("encode", "simulate", "demo")
+_RESUMED = ("encode", "simulate", "import", "demo")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Store = Annotated[Path, typer.Option(help="The store of latents.")]
@@ -39,14 +39,45 @@ def _terminable() -> Iterator[None]:
         yield
         return
 
-    def stop(signum: int, frame: object) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, _unwind)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unwind(signum: int, frame: object) -> None:
+    del signum, frame
+    raise Terminated
+
+
+@contextmanager
+def stoppable(say: Callable[[str], None]) -> Iterator[Callable[[], KeyboardInterrupt | None]]:
+    """Hold Ctrl-C and SIGTERM back, for work that stops by itself; the second of them ends it at once.
+
+    Yields what tells which of them came, as the exception to be raised for it. Handlers of a program around
+    this one are left alone.
+    """
+    came: list[KeyboardInterrupt] = []
+
+    def hold(signum: int, frame: object) -> None:
+        del frame
+        asked = Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+        if came:
+            raise asked
+        came.append(asked)
+        say("Stopping at the end of this step; once more ends it at once.")
+
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _unwind}
+    main = threading.current_thread() is threading.main_thread()
+    held = {s: handler for s, handler in ours.items() if main and signal.getsignal(s) is handler}
+    for number in held:
+        signal.signal(number, hold)
+    try:
+        yield lambda: came[0] if came else None
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,7 +101,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 logging.getLogger(name).setLevel(logging.CRITICAL + 1)
             kept = "Finished shards are kept; run" if command.__name__ in _RESUMED else "Run"
             code = TERMINATED if isinstance(exc, Terminated) else INTERRUPTED
-            _fail(f"Stopped. {kept} the same command again to go on.", code)
+            _fail(str(exc) or f"Stopped. {kept} the same command again to go on.", code)
         except BrokenPipeError:
             # The reader of our output went away (`| head`): not our failure.
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
@@ -87,12 +118,23 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def _fail(text: str, code: int) -> None:
     from cli.render import note
 
-    note(text if code in (INTERRUPTED, TERMINATED) else f"Error: {text}")
+    if leads():
+        note(text if code in (INTERRUPTED, TERMINATED) else f"Error: {text}")
     raise typer.Exit(code)
+
+
+def leads() -> bool:
+    """Tell whether this process speaks and writes: of those that torchrun started, the first alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def command_line() -> str:
     """Return the command as typed, for reports that say how to reproduce them."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    program = ["python", "-m", "cli"] if name == "__main__.py" else [name]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        program = ["torchrun", "--standalone", "--nproc-per-node", processes, *program[1:]]
+    return shlex.join([*program, *sys.argv[1:]])

@@ -111,16 +111,16 @@ def mend(store: LatentStore, found: Verification, *, give_up_rows: bool = False)
     Raises
     ------
     UsageError
-        The store is a simulated one.
+        The store is a simulated or an imported one.
     CorruptStoreError
         Rows would be lost.
     """
     if store.kind != "images" and found.damaged_shards:
         shards = found.damaged_shards
         raise UsageError(
-            f"{store.root} holds simulated latents; {len(shards)} of its shards are damaged. Delete their "
-            f"records ({', '.join(f'done/{s:06d}.json' for _, s in shards[:5])}) and run the simulate "
-            "command that made it again."
+            f"{store.root} holds {store.kind} latents; {len(shards)} of its shards are damaged. Delete their "
+            f"records ({', '.join(f'done/{s:06d}.json' for _, s in shards[:5])}) and run the "
+            f"{'import' if store.kind == 'imported' else 'simulate'} command that made it again."
         )
     source = Source.recorded(store.origin)
     with writing(store.root):

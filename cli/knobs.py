@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cli import recipe
 from latentstore.errors import UsageError
 from solvers.errors import SolverUsageError
-from solvers.methods import METHODS, get
+from solvers.methods import ALIASES, METHODS, build, get
+from solvers.sgd import CosFace
 
 AUTO = "auto"
 """The method that tries all others on validation."""
 TRAINED = ("preset", "budget", "seed")
-"""Knobs of the method that is trained by gradients; a preset sets its fields."""
+"""Knobs of the method that is trained by gradients, beside the numbers of its recipe, which a preset sets."""
 STORED = "store"
 """In the place of a shape: the one that the store's encoder gives."""
 _OPTION = {"prompt": "prompt-strength"}
@@ -57,12 +59,16 @@ class SolveOptions:
         A name of :data:`solvers.methods.METHODS`, or ``"auto"``.
     rank : int or "all"
         Columns of W; with ``auto`` at most so many.
+    rank_named : bool
+        Whether the rank was asked for; one that was not is lowered to what the latents can have.
     knobs : mapping
         Fields of the method that were named; the others are chosen on validation or left at their default.
     preset : {"auto", "paper"}
         Of ``cosface``.
-    budget : float
-        Seconds that ``cosface --preset auto`` may train on two cores.
+    recipe : mapping
+        Numbers of the preset that were named.
+    budget : float, optional
+        Seconds that ``cosface`` may train; None for the preset's own.
     seed : int
         Of ``cosface``, and of simulated translations.
     simulate : Strengths, optional
@@ -75,10 +81,12 @@ class SolveOptions:
     rank: int | str = 512
     knobs: Mapping[str, Any] = field(default_factory=dict)
     preset: str = "auto"
-    budget: float = 40.0
+    budget: float | None = None
     seed: int = 0
     simulate: Strengths | None = None
     with_cosface: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    rank_named: bool = True
 
     @classmethod
     def of(
@@ -104,6 +112,7 @@ class SolveOptions:
             )
         given = {k: v for k, v in named.items() if v is not None}
         trained = {k: given.pop(k) for k in TRAINED if k in given}
+        numbers = {k: given.pop(k) for k in recipe.fields() if k in given}
         strengths = None
         if simulate:
             _check_simulated(method)
@@ -115,17 +124,29 @@ class SolveOptions:
                 "out, or use --method auto."
             )
         unread = [] if with_cosface else [k for k in trained if not (simulate and k == "seed")]
-        check_foreign(method, [*given, *unread])
+        check_foreign(method, [*given, *unread, *([] if with_cosface else numbers)])
         if not 1 <= trained.get("budget", 1) < float("inf"):
             raise UsageError(f"--budget is {trained['budget']}; it must be a number of seconds, at least 1.")
-        return cls(
+        made = cls(
             method,
             cls.rank if rank is None else rank,
             given,
             simulate=strengths,
             with_cosface=with_cosface,
+            recipe=numbers,
+            rank_named=rank is not None,
             **trained,
         )
+        made._check_values()
+        return made
+
+    def _check_values(self) -> None:
+        """Let the method refuse what no store could satisfy, before one is read."""
+        if self.method == AUTO or get(self.method).needs_torch:
+            recipe.build(self.preset, self.recipe, seed=self.seed, budget=self.budget)
+        if self.method != AUTO and not get(self.method).needs_torch:
+            values = {k: v for k, v in self.knobs.items() if v != STORED}
+            build(self.method, **values, **({"rank": self.rank} if has_rank(self.method) else {}))
 
 
 def option(knob: str) -> str:
@@ -137,7 +158,7 @@ def fields(method: str) -> tuple[str, ...]:
     """Return the knobs of a method but its rank; of a trained one those that are options."""
     known = get(method)
     if known.needs_torch:
-        return TRAINED
+        return (*TRAINED, *recipe.fields())
     if not dataclasses.is_dataclass(known):
         return ()
     return tuple(f.name for f in dataclasses.fields(known) if f.init and f.name != "rank")
@@ -160,11 +181,14 @@ def check_name(method: str) -> None:
     ------
     SolverUsageError
     """
-    if method == AUTO:
+    names = [AUTO, *METHODS]
+    if method in names:
         return
-    if method not in METHODS and difflib.get_close_matches(method.lower(), [AUTO]):
-        raise SolverUsageError(f"There is no method {method!r}. Did you mean 'auto'?")
-    get(method)
+    if method.lower().replace(" ", "-").replace("_", "-") in ALIASES:
+        get(method)  # says what equals it
+    close = difflib.get_close_matches(method.lower(), names, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    raise SolverUsageError(f"There is no method {method!r}; the methods are {', '.join(names)}.{meant}")
 
 
 def check_foreign(method: str, knobs: list[str]) -> None:
@@ -177,7 +201,7 @@ def check_foreign(method: str, knobs: list[str]) -> None:
     for knob in knobs:
         own = owners(knob)
         if method == AUTO:
-            tried = ", which it tries with --with-cosface" if knob in TRAINED else ""
+            tried = ", which it tries with --with-cosface" if knob in fields(CosFace.name) else ""
             raise UsageError(
                 f"{option(knob)} is a knob of {listed(own)}{tried}, and the method is auto, which chooses "
                 f"all knobs on validation. Leave it out, or use --method {own[0]}."
@@ -190,6 +214,21 @@ def check_foreign(method: str, knobs: list[str]) -> None:
                 if own
                 else f"{option(knob)} is no knob of any method. Leave it out."
             )
+
+
+def check_run(method: str, named: Mapping[str, Any]) -> None:
+    """Refuse what is about a training run (not None, not False) for a method that has none.
+
+    Raises
+    ------
+    UsageError
+    """
+    given = [name for name, value in named.items() if value not in (None, False)]
+    if given and (method == AUTO or not get(method).needs_torch):
+        raise UsageError(
+            f"{option(given[0])} is about a training run, and the method {method} has none of its own. Leave "
+            f"it out, or use --method {CosFace.name}."
+        )
 
 
 def parse_rank(text: str) -> int | str:

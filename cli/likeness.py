@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,37 +14,52 @@ BY_CONSTRUCTION = "1 by construction: both have equal singular values (orthonorm
 ONE_FLAT = "one of the two has orthonormal columns, so this measures the spread of the other alone"
 SPECTRUM = "spectrum"
 """The plot of singular values."""
+PAPER_TABLE = "the paper's Table 1, SD2 beside"
+"""Where a report's data holds the printed figures."""
 PLACES = {
     "below": "below the random band: the spectra differ more than those of two random matrices",
     "inside": "inside the random band: two random matrices agree as closely",
     "above": "above the random band: the spectra agree more closely than those of two random matrices",
 }
-_NEAR_ONE = 0.9999
 _ROUNDING = 1e-14
 
 
 @dataclass
 class Found:
-    """What has been measured so far."""
+    """What has been measured so far.
 
+    Attributes
+    ----------
+    summary, figures, curves, caveats
+        Of the report.
+    dim : int
+        Length of a latent.
+    models : list of str
+        Of the store, that were fitted.
+    spread : str
+        What ± is here, or why there is none.
+    """
+
+    dim: int
     summary: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     caveats: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    spread: str = ""
 
 
 def cosine(value: float) -> str:
-    """Return cos φ with the digits that tell it from its band: near 1 these are those of 1 − cos φ."""
-    if value <= _NEAR_ONE:
-        return f"{value:.6f}"
-    return "1" if 1 - value < _ROUNDING else f"1 − {1 - value:.2e}"
+    """Return cos φ to as many decimals as show three digits of 1 − cos φ, at least six."""
+    left = 1 - value
+    if left < _ROUNDING:
+        return "1"
+    return f"{value:.{max(6, 2 - math.floor(math.log10(left)))}f}"
 
 
-def span(low: float, high: float) -> str:
-    """Return the two ends of a band, both written as the upper one is."""
-    if high <= _NEAR_ONE:
-        return f"{low:.6f} to {high:.6f}"
-    return f"1 − {1 - low:.2e} to 1 − {1 - high:.2e}"
+def gap(value: float) -> str:
+    """Return 1 − cos φ."""
+    return "0" if 1 - value < _ROUNDING else f"{1 - value:.2e}"
 
 
 def cos_figure(group: str, a: MapSpectrum, b: MapSpectrum, band: Band) -> Figure:

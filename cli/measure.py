@@ -12,6 +12,7 @@ from cli.collection import Collection, Queries, Rows
 from latentstore.errors import UsageError
 from latentstore.results import Figure
 from solvers.gallery_maps import Centred, Identity, Pca
+from solvers.methods import get
 from solvers.metrics import (
     Ranking,
     average_precision,
@@ -31,6 +32,8 @@ LADDER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Ranks of PCA-whitening as a control."""
 THEMSELVES = frozenset({Identity.name, Centred.name, Pca.name, NormWeighted.name})
 """Methods that are controls."""
+RANDOM = "random subspace"
+"""The control that knows nothing: to be beaten, never the best of the controls."""
 MEMORY = 4 << 30
 """Bytes that projected references may take at a time."""
 
@@ -133,7 +136,7 @@ def evaluate(
     if not every_rank:
         shown = _best_of_ladders(shown, {n: out.rankings[n, asked.group].map for n in shown})
     best = max(
-        (n for n in shown if n != "random subspace"),
+        (n for n in shown if not n.startswith(RANDOM)),
         key=lambda n: out.rankings[n, asked.group].map,
         default=None,
     )
@@ -280,15 +283,16 @@ def residuals(collection: Collection, projection: Projection, random: Projection
 
     μ is the gallery's mean for both, so that the two can be compared; W is the query map where queries
     and references are mapped differently.
+    A map that learned from no pairs has none: T is no part of it.
     """
     origins, translated = collection.pairs(split)
-    if not len(origins):
+    if not len(origins) or not get(projection.method).needs_pairs:
         return []
     o, g = collection.read(origins).astype(np.float64), collection.read(translated).astype(np.float64)
     mean = collection.data.gallery_spectrum.mean
     same_rank = random.truncated(min(random.rank, projection.rank))
     out = []
-    for subject, p in ((projection.method, projection), ("random subspace", same_rank)):
+    for subject, p in ((projection.method, projection), (RANDOM, same_rank)):
         one_map = replace(p, reference_map=p.query_map, center=mean)
         out.append(
             Figure(

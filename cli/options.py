@@ -63,3 +63,42 @@ class BackendOption(StrEnum):
     auto = "auto"
     faiss = "faiss"
     numpy = "numpy"
+
+
+class Loss(StrEnum):
+    """What training minimises."""
+
+    cosface = "cosface"
+    softmax = "softmax"
+    circle = "circle"
+
+
+class WeightInit(StrEnum):
+    """Where W starts."""
+
+    auto = "auto"
+    principal = "principal"
+    random = "random"
+
+
+class ClassInit(StrEnum):
+    """Where class weights start."""
+
+    means = "means"
+    random = "random"
+
+
+class TrainingPrecision(StrEnum):
+    """What training multiplies in."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+
+
+class Place(StrEnum):
+    """Where the latents of a training run lie."""
+
+    gpu = "gpu"
+    host = "host"
+    store = "store"

@@ -127,15 +127,40 @@ def progress(
 
 @contextmanager
 def steps(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, float], None]]:
-    """Yield a callback (step, steps, loss) that draws the course of a training run."""
-    if quiet or not sys.stderr.isatty():
+    """Yield a callback (step, steps, loss) that draws, or logs, the course of a training run."""
+    if quiet:
         yield lambda step, total, loss: None
         return
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn
 
-    with _bar(MofNCompleteColumn(), "loss {task.fields[loss]:.3f}", TimeRemainingColumn()) as bar:
-        task = bar.add_task(label, total=None, loss=0.0)
-        yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss)
+    if not sys.stderr.isatty():
+        yield _stepped(Progress("steps", _logger(label)))
+        return
+    with _bar(MofNCompleteColumn(), "{task.fields[now]}") as bar:
+        task = bar.add_task(label, total=None, now="reading")
+        shown = Progress("steps", lambda progress: None)
+        count = _stepped(shown)
+
+        def draw(step: int, total: int, loss: float) -> None:
+            count(step, total, loss)
+            left = "" if shown.left is None else str(timedelta(seconds=round(shown.left)))
+            bar.update(task, completed=step, total=total, now=f"loss {loss:.3f} {shown.speed} {left}")
+
+        yield draw
+
+
+def _stepped(shown: Progress) -> Callable[[int, int, float], None]:
+    """Return a callback (step, steps, loss) that counts steps, of one run after the other, from any step."""
+
+    def count(step: int, total: int, loss: float) -> None:
+        del loss
+        if shown.todo is None or step <= shown.done:
+            shown.done = step - 1
+            shown._marks.clear()
+            shown.on_start(total, total)
+        shown.on_rows(step - shown.done, 0)
+
+    return count
 
 
 def _now(progress: Progress, first: str) -> str:
@@ -187,7 +212,8 @@ def _logger(label: str) -> Callable[[Progress], None]:
             return
         last, left = now, progress.left or 0.0
         of, where = f"{progress.done:,} of {progress.todo:,}", shares(progress.seconds)
-        parts = [of, progress.speed, f"{left:,.0f} s left", f"{progress.bad} bad", where]
+        bad = f"{progress.bad} bad" if progress.bad else ""
+        parts = [of, progress.speed, f"{left:,.0f} s left", bad, where]
         sys.stderr.write(f"{label}: {', '.join(part for part in parts if part)}\n")
         sys.stderr.flush()
 

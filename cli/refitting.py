@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from cli.collection import BLOCK, Collection, Rows
+from cli.collection import Collection, Rows
 from cli.knobs import check_foreign
-from cli.likeness import BY_CONSTRUCTION, PLACES, Found, band_figure, cosine, spectrum_curves
+from cli.likeness import BY_CONSTRUCTION, PLACES, Found, band_figure, cosine, gap, spectrum_curves
+from cli.refit_data import ModelPairs, mean_of
+from cli.streams import OnRows
+from cli.summing import OnStart
 from latentstore.errors import UsageError
 from latentstore.results import Figure, Role
 from solvers.data import PairData
@@ -21,10 +24,10 @@ from solvers.gallery_maps import RandomSubspace
 from solvers.methods import METHODS, build, check_rank, get
 from solvers.metrics import residual_ratio
 from solvers.projection import Projection
-from solvers.spectra import MapSpectrum, cos_phi, map_spectrum, random_band
+from solvers.spectra import MapSpectrum, cos_phi, is_flat, map_spectrum, random_band, singular_values
 
-Pairs = tuple[Rows, Rows]
-"""Origin rows and translation rows, pair by pair."""
+ORTHONORMAL = ("svd", "procrustes")
+"""Methods whose maps have orthonormal columns, whatever they are fitted on."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,30 @@ class RefitOptions:
         return {**shown, "repeats": self.repeats, "seed": self.seed}
 
 
+@dataclass
+class _Refits:
+    """The spectra of one model's fits.
+
+    Attributes
+    ----------
+    whole : MapSpectrum
+        Of the fit on all pairs.
+    again : list of arrays
+        Singular values of the fits on resamples, or without a part.
+    """
+
+    whole: MapSpectrum
+    again: list[np.ndarray]
+
+
 def compare_models(
-    collection: Collection, options: RefitOptions, maps: dict[str, Projection], found: Found
+    collection: Collection,
+    options: RefitOptions,
+    maps: dict[str, Projection],
+    found: Found,
+    *,
+    on_start: OnStart | None = None,
+    on_fit: OnRows | None = None,
 ) -> None:
     """Fit every model of a store again and again; add cos φ ± and the cross residuals.
 
@@ -119,102 +144,122 @@ def compare_models(
             )
         p.check_space(collection.store.space.id)
     check_rank(options.rank, collection.store.layout.dim)
-    train = _by_model(collection, *collection.pairs("train"))
-    few = [m for m, (_, g) in train.items() if len(set(_labels(collection, g))) < 2]
-    if not train or few:
+    models = ModelPairs.by_model(collection, options.jackknife)
+    few = [m for m, pairs in models.items() if pairs.identities.max() < 1]
+    if not models or few:
         what = f"{few[0]} has 1 training identity" if few else "it holds no training pairs"
         raise UsageError(
             f"{collection.store.path} cannot be resampled by identity: {what}, and at least 2 are needed. "
             "Encode more pairs, or make some with latentstore simulate."
         )
-    fits = {model: _fit(_pair_data(collection, *rows), options) for model, rows in train.items()}
-    spectra = {model: map_spectrum(p.query_map) for model, p in fits.items()}
-    found.curves += spectrum_curves({f"W of {model}": s for model, s in spectra.items()})
-    if options.jackknife is None:
-        _resampled(collection, options, train, spectra, found)
+    flat = options.method in ORTHONORMAL
+    parts = [] if options.jackknife is None else _parts(collection, models, options.jackknife)
+    if on_start is not None:
+        each = 1 if flat else 1 + (len(parts) or options.repeats)
+        on_start(len(models) * each, len(models) * each)
+    fits: dict[str, Projection] = {}
+    refits: dict[str, _Refits] = {}
+    # A stream for each model: two models' fits must not share their draws.
+    streams = np.random.default_rng(options.seed).spawn(len(models))
+    for (model, rng), pairs in zip(zip(models, streams, strict=True), list(models.values()), strict=True):
+        again: Iterator[PairData] = (pairs.without(number) for number in parts)
+        if flat:
+            again = iter(())
+        elif not parts:
+            again = (pairs.drawn(rng) for _ in range(options.repeats))
+        fits[model] = _fit(pairs.whole, options, on_fit)
+        refits[model] = _Refits(
+            map_spectrum(fits[model].query_map),
+            [singular_values(_fit(data, options, on_fit).query_map) for data in again],
+        )
+        pairs.forget()
+    found.models = list(refits)
+    found.curves += spectrum_curves({f"W of {model}": r.whole for model, r in refits.items()})
+    if flat:
+        _by_construction(options, refits, found)
+    elif parts:
+        _jackknifed(len(parts), refits, found)
     else:
-        _jackknifed(collection, options, train, spectra, found)
+        _resampled(options, refits, found)
     found.figures += _cross_residuals(collection, fits, found)
 
 
-def _resampled(
-    collection: Collection,
-    options: RefitOptions,
-    train: dict[str, Pairs],
-    spectra: dict[str, MapSpectrum],
-    found: Found,
-) -> None:
-    # A stream for each model: two models' fits must not share their draws.
-    streams = dict(zip(train, np.random.default_rng(options.seed).spawn(len(train)), strict=True))
-    again: dict[str, list[MapSpectrum]] = {
-        model: [
-            map_spectrum(_fit(_pair_data(collection, *drawn), options).query_map)
-            for drawn in _resamples(collection, *rows, options.repeats, streams[model])
-        ]
-        for model, rows in train.items()
-    }
-    for a, b in itertools.combinations_with_replacement(train, 2):
-        group = f"{a} × {b}, resampled" if a != b else f"{a} × its resamples"
-        against = again[b] if a != b else [spectra[a]] * options.repeats
-        values = _cosines(again[a], against)
-        spread = ("cos φ, standard deviation over fits", float(values.std(ddof=1)))
-        _add(group, float(values.mean()), len(values), spread, [*again[a], *against], found)
-    found.caveats.append(
-        f"± is the standard deviation over {options.repeats} fits on bootstrap resamples of the training "
-        "identities: the spread under resampling, not a standard error of independent trainings (resamples "
-        "of one model share most of its identities)."
+def _parts(collection: Collection, models: Mapping[str, ModelPairs], asked: int) -> list[int]:
+    """Return the parts to leave out, the same ones for every model.
+
+    Raises
+    ------
+    UsageError
+        All photos, or all of a model's, are in one.
+    """
+    present = sorted({part for pairs in models.values() for part in pairs.parts})
+    if len(present) < 2:
+        raise UsageError(
+            f"--jackknife {asked} leaves parts of the training photos out, and all of "
+            f"{collection.store.path} fall into 1 part. Give more parts, or use --repeats."
+        )
+    for model, pairs in models.items():
+        if len(pairs.parts) < 2:
+            raise UsageError(
+                f"All pairs of {model} fall into one of the {asked} parts: without it nothing is left to "
+                "fit. Give a larger --jackknife, or use --repeats."
+            )
+    return present
+
+
+def _by_construction(options: RefitOptions, refits: dict[str, _Refits], found: Found) -> None:
+    """Add what no refit can change: every W of the method has equal singular values."""
+    for a, b in itertools.combinations_with_replacement(refits, 2):
+        if a == b and len(refits) > 1:
+            continue
+        one, other = refits[a].whole, refits[b].whole
+        _add(f"{a} × {b}", cos_phi(one.sigma, other.sigma), None, [one.sigma, other.sigma], found)
+    found.spread = (
+        f"± is left out: every W of {options.method} has orthonormal columns, so that cos φ is 1 on whatever "
+        "pairs it is fitted, and nothing was fitted again."
     )
 
 
-def _jackknifed(
-    collection: Collection,
-    options: RefitOptions,
-    train: dict[str, Pairs],
-    spectra: dict[str, MapSpectrum],
-    found: Found,
-) -> None:
+def _resampled(options: RefitOptions, refits: dict[str, _Refits], found: Found) -> None:
+    for a, b in itertools.combinations_with_replacement(refits, 2):
+        group = f"{a} × {b}, resampled" if a != b else f"{a} × its resamples"
+        one, other = refits[a].again, refits[b].again
+        if a == b:
+            other = [refits[a].whole.sigma] * len(one)
+        values = _cosines(one, other)
+        spread = ("cos φ, standard deviation over fits", float(values.std(ddof=1)))
+        _add(group, float(values.mean()), spread, [*one, *other], found)
+    found.spread = (
+        f"± is the standard deviation over {options.repeats} fits on bootstrap resamples of the training "
+        "identities (each draw of one brings its pairs and its origin once): the spread under resampling, "
+        "not a standard error of independent trainings (resamples of one model share most of its identities)."
+    )
+
+
+def _jackknifed(n: int, refits: dict[str, _Refits], found: Found) -> None:
     """Leave each part of the photos out once, the same one for every model."""
-    assert options.jackknife is not None  # noqa: S101 - asked by the caller
-    part_of = _parts(collection, options.jackknife)
-    present = sorted(set(part_of.values()))
-    if len(present) < 2:
-        raise UsageError(
-            f"--jackknife {options.jackknife} leaves parts of the training photos out, and all of "
-            f"{collection.store.path} fall into {len(present)} part. Give more parts, or use --repeats."
-        )
-    left: dict[str, list[MapSpectrum]] = {}
-    for model, (origins, translated) in train.items():
-        part = np.array([part_of[r] for r in translated.tolist()])
-        kept = [part != number for number in present]
-        if not all(k.any() for k in kept):
-            raise UsageError(
-                f"All pairs of {model} fall into one of the {options.jackknife} parts: without it nothing is "
-                "left to fit. Give a larger --jackknife, or use --repeats."
-            )
-        left[model] = [
-            map_spectrum(_fit(_pair_data(collection, origins[k], translated[k]), options).query_map)
-            for k in kept
-        ]
-    n = len(present)
-    for a, b in itertools.combinations_with_replacement(train, 2):
+    for a, b in itertools.combinations_with_replacement(refits, 2):
+        one, other = refits[a], refits[b]
         if a == b:
             # cos φ with itself is 1: what is told is how far one part moves it, and that has no ±.
-            values = _cosines(left[a], [spectra[a]] * n)
-            _add(f"{a} × without a part", float(values.mean()), n, None, [*left[a], spectra[a]], found)
+            values = _cosines(one.again, [one.whole.sigma] * n)
+            sigmas = [*one.again, one.whole.sigma]
+            _add(f"{a} × without a part", float(values.mean()), None, sigmas, found, n)
             continue
-        values = _cosines(left[a], left[b])
+        values = _cosines(one.again, other.again)
         spread = ("cos φ, jackknife standard error", jackknife_error(values))
-        whole = cos_phi(spectra[a].sigma, spectra[b].sigma)
-        _add(f"{a} × {b}, jackknife", whole, n, spread, [*left[a], *left[b]], found)
-    if len(train) < 2:
-        found.caveats.append(
-            f"Without a part is the mean over {n} fits, each without one part of the training photos "
-            "(hashed). With one model there are no two spectra to compare, and no ±."
+        whole = cos_phi(one.whole.sigma, other.whole.sigma)
+        _add(f"{a} × {b}, jackknife", whole, spread, [*one.again, *other.again], found)
+    if len(refits) < 2:
+        found.spread = (
+            f"± is left out: with one model there are no two spectra to compare. Without a part is the mean "
+            f"over {n} fits, each without one part of the training photos (hashed)."
         )
         return
-    found.caveats.append(
+    found.spread = (
         f"± is the delete-one-group jackknife over {n} parts of the training photos (hashed, the same for "
-        "every model): √((n−1)/n Σ(θᵢ−θ̄)²), with θᵢ taken without part i. cos φ itself is that of all pairs."
+        "every model): √((n−1)/n Σ(θᵢ−θ̄)²), with θᵢ taken without part i. cos φ itself is that of all pairs. "
+        "A model beside itself is the mean over its fits without a part, and has no ±."
     )
 
 
@@ -224,72 +269,34 @@ def jackknife_error(values: np.ndarray) -> float:
     return math.sqrt((n - 1) / n * float(((values - values.mean()) ** 2).sum()))
 
 
-def _parts(collection: Collection, parts: int) -> dict[int, int]:
-    """Return the part that each training translation is in, by its photo's hash."""
-    tasks = collection.pair_pass("train", parts=parts).tasks
-    return {int(row): task.part for task in tasks for row in task.translations}
-
-
-def _by_model(collection: Collection, origins: Rows, translated: Rows) -> dict[str, Pairs]:
-    names = np.array([str(m or "unnamed model") for m in collection.model[translated]], dtype=object)
-    return {m: (origins[names == m], translated[names == m]) for m in sorted(set(names))}
-
-
-def _labels(collection: Collection, rows: Rows) -> list[str]:
-    return [str(x) for x in collection.labels(collection.identity[rows])]
-
-
-def _resamples(
-    collection: Collection, origins: Rows, translated: Rows, repeats: int, rng: np.random.Generator
-) -> Iterator[Pairs]:
-    """Yield the pairs of as many identities as there are, drawn with replacement."""
-    identity = np.unique(_labels(collection, translated), return_inverse=True)[1]
-    own = np.split(np.argsort(identity, kind="stable"), np.cumsum(np.bincount(identity))[:-1])
-    for _ in range(repeats):
-        drawn = np.concatenate([own[i] for i in rng.integers(len(own), size=len(own))])
-        yield origins[drawn], translated[drawn]
-
-
-def _pair_data(collection: Collection, origins: Rows, translated: Rows) -> PairData:
-    """Return pairs as the fits read them; an origin counts once for each of its pairs."""
-
-    def pairs() -> Iterator[tuple[Any, Any]]:
-        for at in range(0, len(origins), BLOCK):
-            yield collection.read(origins[at : at + BLOCK]), collection.read(translated[at : at + BLOCK])
-
-    return replace(
-        collection.data,
-        n_pairs=len(origins),
-        n_origins=len(origins),
-        pairs_source=pairs,
-        origins_source=lambda: collection.blocks(origins),
-        moments_source=lambda: None,  # those kept are of all pairs
-    )
-
-
-def _fit(data: PairData, options: RefitOptions) -> Projection:
+def _fit(data: PairData, options: RefitOptions, on_fit: OnRows | None) -> Projection:
     fitted: Projection = build(options.method, rank=options.rank, **options.knobs).fit(data).projection()
+    if on_fit is not None:
+        on_fit(1, 0)
     return fitted
 
 
-def _cosines(ones: list[MapSpectrum], others: list[MapSpectrum]) -> np.ndarray:
-    return np.array([cos_phi(a.sigma, b.sigma) for a, b in zip(ones, others, strict=True)])
+def _cosines(ones: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
+    return np.array([cos_phi(a, b) for a, b in zip(ones, others, strict=True)])
 
 
 def _add(
     group: str,
     value: float,
-    n: int,
     spread: tuple[str, float] | None,
-    spectra: list[MapSpectrum],
+    sigmas: list[np.ndarray],
     found: Found,
+    n: int | None = None,
 ) -> None:
     """Add cos φ of a group of fits, its band, and its ± under the name of what it is."""
-    band, flat = random_band(spectra[0].shape, spectra[-1].shape), all(s.flat for s in spectra)
+    dim, flat = found.dim, all(is_flat(s) for s in sigmas)
+    band = random_band((dim, len(sigmas[0])), (dim, len(sigmas[-1])))
     note = BY_CONSTRUCTION if flat else PLACES[band.place(value)]
+    n = len(sigmas) // 2 if spread is not None else n
     # The spread of what is 1 by construction is rounding.
     told = "" if flat or spread is None else f" ± {spread[1]:.2g}"
-    found.summary.append(f"{group}: cos φ = {cosine(value)}{told} over {n} fits, {note}.")
+    fits = "" if n is None else f" over {n} fits"
+    found.summary.append(f"{group}: cos φ = {cosine(value)}{told} (1 − cos φ = {gap(value)}){fits}, {note}.")
     found.figures += [
         Figure("cos φ", value, group, "method", group, n=n, note=note),
         band_figure(group, band),
@@ -303,22 +310,26 @@ def _cross_residuals(collection: Collection, fits: dict[str, Projection], found:
     origins, translated = collection.pairs("test")
     clean = collection.is_clean(collection.identity[translated], collection.split[translated])
     test = _by_model(collection, origins[clean], translated[clean])
-    mean = collection.data.gallery_spectrum.mean
+    if not test:
+        found.caveats.append("The store holds no test pairs: cross residuals were not taken.")
+        return []
+    mean = mean_of(collection.blocks(collection.gallery), collection.store.layout.dim)
+    sides: dict[tuple[str, Role], Projection] = {}
+    for a, p in fits.items():
+        sides[f"W of {a}", "method"] = p
+        control: tuple[str, Role] = (f"random subspace of rank {p.rank}", "control")
+        sides[control] = sides.get(control) or RandomSubspace(p.rank).fit(collection.data).projection()
     out = []
+    note = "‖TW‖/‖(O−μ)W‖ on test pairs; lower moves less under translation"
     for b, (o_rows, g_rows) in test.items():
         o, g = collection.read(o_rows).astype(np.float64), collection.read(g_rows).astype(np.float64)
-        for a, p in fits.items():
-            random = RandomSubspace(p.rank).fit(collection.data).projection()
-            sides: tuple[tuple[str, Role, Projection], ...] = (
-                (f"W of {a}", "method", p),
-                (f"random subspace of rank {p.rank}", "control", random),
-            )
-            for subject, role, side in sides:
-                ratio = residual_ratio(replace(side, reference_map=side.query_map, center=mean), o, g)
-                if math.isfinite(ratio):
-                    note = "‖TW‖/‖(O−μ)W‖ on test pairs; lower moves less under translation"
-                    figure = Figure("cross residual", ratio, subject, role, f"T of {b}", n=len(o), note=note)
-                    out += [figure] * (figure not in out)
-    if not out:
-        found.caveats.append("The store holds no test pairs: cross residuals were not taken.")
+        for (subject, role), side in sides.items():
+            ratio = residual_ratio(replace(side, reference_map=side.query_map, center=mean), o, g)
+            if math.isfinite(ratio):
+                out.append(Figure("cross residual", ratio, subject, role, f"T of {b}", n=len(o), note=note))
     return out
+
+
+def _by_model(collection: Collection, origins: Rows, translated: Rows) -> dict[str, tuple[Rows, Rows]]:
+    names = np.array([m or "unnamed" for m in collection.model[translated]], dtype=object)
+    return {m: (origins[names == m], translated[names == m]) for m in sorted(set(names))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,30 @@ def table(header: list[str], rows: Iterable[list[str]], *, left: int = 1) -> str
     """Return a plain aligned table; the first ``left`` columns are aligned to the left."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return _aligned(lines, widths, left)
+
+
+def folded(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table as wide as the terminal (120 columns in a pipe) at most, its columns in several blocks.
+
+    The first column leads every block; a row that has nothing in a block is left out of it.
+    """
+    room = shutil.get_terminal_size((120, 24)).columns
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    blocks: list[list[int]] = []
+    for i in range(1, len(header)):
+        if not blocks or 2 + widths[0] + sum(widths[j] + 2 for j in (*blocks[-1], i)) > room:
+            blocks.append([])
+        blocks[-1].append(i)
+    out = []
+    for block in blocks:
+        shown = [line for line in rows if any(line[i] for i in block)]
+        lines = [[line[0], *(line[i] for i in block)] for line in (header, *shown)]
+        out.append(_aligned(lines, [widths[0], *(widths[i] for i in block)], 1))
+    return "\n\n".join(out)
+
+
+def _aligned(lines: list[list[str]], widths: list[int], left: int) -> str:
     out = []
     for number, line in enumerate(lines):
         cells = [
@@ -92,7 +117,7 @@ def figures_table(figures: list[Figure], group: str) -> str:
         found = {f.name: f for f in here if f.subject == subject}
         rows.append([subject, *(percent(found[n].value, found[n].interval) for n in ("mAP", "Acc"))])
     n = next((f.n for f in here if f.n), 0)
-    title = f"  {group}: {n} queries; % [95 % interval]"
+    title = f"  {group}: {counted(n or 0, 'query', 'queries')}; % [95 % interval]"
     return title + "\n" + table(["", "mAP", "Acc"], rows)
 
 
@@ -190,12 +215,15 @@ def plain(value: Any) -> Any:
 
 
 def solved(result: Solved, path: Path) -> str:
-    """Return what a solve found, in the terminal."""
+    """Return what a solve found, in the terminal; T is told of where W learned from it."""
+    from solvers.methods import get
+
     facts, lines = result.facts, [f"{result.report.title}: {path}"]
     rank = facts.get("numerical_rank")
-    if rank is not None:
+    if rank is not None and get(result.projection.method).needs_pairs:
+        pairs = counted(facts["n_pairs"], "training pair")
         lines.append(
-            f"  T: {facts['n_pairs']:,} training pairs, numerical rank {rank} of {result.projection.dim} "
+            f"  T: {pairs}, numerical rank {rank} of {result.projection.dim} "
             f"(decided by {facts['decided_by']}: zero is below {facts['cutoff']:.3g}); singular values from "
             f"{facts['sigma_max']:.4g} down to {facts['sigma_min']:.3g}"
         )
@@ -209,11 +237,9 @@ def solved(result: Solved, path: Path) -> str:
     residual = {f.subject: f for f in result.report.figures if f.name == "held-out residual"}
     if residual:
         own, random = (residual[s].value for s in (result.projection.method, "random subspace"))
-        n = residual["random subspace"].n
-        lines.append(
-            f"  held-out ‖TW‖/‖(O−μ)W‖ = {own:.3f} on {n} test pairs; a random subspace: {random:.3f}"
-        )
-    if result.report.settings["method"] == "auto":
+        n = counted(residual["random subspace"].n or 0, "test pair")
+        lines.append(f"  held-out ‖TW‖/‖(O−μ)W‖ = {own:.3f} on {n}; a random subspace: {random:.3f}")
+    if facts["choices"] and result.report.settings["method"] == "auto":
         from cli.render_auto import tried
 
         lines += ["", tried(facts["choices"])]
@@ -337,9 +363,9 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def counted(n: int, what: str) -> str:
-    """Return a number of things: ``1 shard``, ``2 shards``."""
-    return f"{n:,} {what}{'s' * (n != 1)}"
+def counted(n: int, what: str, many: str = "") -> str:
+    """Return a number of things: ``1 shard``, ``2 shards``, or as many as are named: ``2 queries``."""
+    return f"{n:,} {what if n == 1 else many or f'{what}s'}"
 
 
 def verified(found: Verification, store: Path, repaired: int) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.likeness import BY_CONSTRUCTION, SPECTRUM, cosine, span
+from cli.likeness import BY_CONSTRUCTION, PAPER_TABLE, SPECTRUM, cosine, gap
 from cli.render import printable, table
 from latentstore.results import Curve, Figure, Report
 
-HEADER = ["pair", "cos φ", "random band (95 %)", "cos φ is", "angles °", "overlap (chance)"]
+HEADER = ["pair", "cos φ", "1 − cos φ", "its random band", "cos φ is"]
+ANGLES = ["pair", "angles °: least", "median", "largest", "overlap", "by chance"]
+WAYS = (", resampled", ", jackknife", "")
+"""How a group of two models is named after them: by how its ± came about."""
 SPELLED_OUT = 3
 """Pairs up to which each has its sentence below the table, too."""
+_NO_VALUE = "–"
 
 
 def compared(report: Report) -> str:
@@ -24,7 +30,7 @@ def compared(report: Report) -> str:
             printable(name),
             " × ".join(map(str, facts["shape"])),
             _number(report, "σ max / σ min", name, ".4g"),
-            _number(report, "cos φ, untrained W", name, ".6f"),
+            next((cosine(f.value) for f in report.find("cos φ, untrained W", subject=name)), _NO_VALUE),
         ]
         for name, facts in report.data["maps"].items()
     ]
@@ -32,11 +38,54 @@ def compared(report: Report) -> str:
         lines += [table(["W", "shape", "σ max/min", "cos φ with untrained W"], maps), ""]
     rows = [_pair_row(report, f) for f in report.find("cos φ") if f.role == "method"]
     lines += [table(HEADER, rows), ""]
+    if models := _models(report):
+        lines += [models, ""]
+    if report.data["±"]:
+        lines += [report.data["±"], ""]
+    angles = [_angle_row(report, f.group) for f in report.find("overlap") if f.role == "method"]
+    if angles:
+        lines += [table(ANGLES, angles), ""]
     crossed = [[f.group, f.subject, f"{f.value:.3f}", str(f.n)] for f in report.find("cross residual")]
     if crossed:
         lines += [table(["held-out pairs", "", "‖TW‖/‖(O−μ)W‖", "pairs"], crossed, left=2), ""]
     sentences = report.summary[1:] if len(rows) <= SPELLED_OUT else report.summary[1:2]
-    return "\n".join([*lines, *sentences, *(f"Note: {c}" for c in report.caveats)])
+    notes = [f"Note: {c}" for c in report.caveats if c != report.data["±"]]
+    return "\n".join([*lines, *sentences, *notes])
+
+
+def _models(report: Report) -> str:
+    """Return models beside models, laid out as the paper's Table 1; empty where there is nothing beside."""
+    names = report.data["models"]
+    cells = {
+        of: _cell(report, *of)
+        for of in itertools.combinations_with_replacement(names, 2)
+        if _group(report, *of)
+    }
+    if len(names) < 2 and not any(spread for _, spread in cells.values()):
+        return ""
+    rows = []
+    for a in names:
+        # A value, its ± below it, as the paper prints them.
+        own = [[cells.get((a, b), ("", ""))[i] for b in names] for i in range(2)]
+        rows += [[printable(a) if i == 0 else "", *line] for i, line in enumerate(own) if any(line)]
+    printed = "; ".join(f"{name} {value}" for name, value in report.data[PAPER_TABLE].items())
+    beside = textwrap.fill(f"{PAPER_TABLE}: {printed}", 78, initial_indent="    ", subsequent_indent="    ")
+    return f"{table(['cos φ', *map(printable, names)], rows)}\n{beside}"
+
+
+def _group(report: Report, a: str, b: str) -> str:
+    """Return the group of figures that tells of two models; empty where none does."""
+    named = [f"{a} × {b}{way}" for way in WAYS]
+    if a == b:
+        named = [f"{a} × its resamples", f"{a} × without a part"]
+    groups = {f.group for f in report.figures}
+    return next((name for name in named if name in groups), "")
+
+
+def _cell(report: Report, a: str, b: str) -> tuple[str, str]:
+    here = [f for f in report.figures if f.group == _group(report, a, b)]
+    value = next(f.value for f in here if (f.name, f.role) == ("cos φ", "method"))
+    return cosine(value), next((f"± {f.value:.1e}" for f in here if f.name.startswith("cos φ, ")), "")
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
@@ -50,9 +99,11 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     shown = [c for c in curves if c.plot == SPECTRUM]
     for curve in (c for c in shown if c.role == "control"):
         look: dict[str, Any] = {"color": PAPER["control"], "linewidth": 1.2, "linestyle": "--", "zorder": 1}
-        axes.plot(curve.x, curve.y, label=curve.label, **look)
+        axes.plot(curve.x, curve.y, label=f"{curve.label}: mean", **look)
         if curve.low is not None and curve.high is not None:
-            axes.fill_between(curve.x, curve.low, curve.high, color=PAPER["control"], alpha=0.2, linewidth=0)
+            label = f"{curve.label}: 95 % of each singular value (not the random band of cos φ)"
+            shade: dict[str, Any] = {"color": PAPER["control"], "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(curve.x, curve.low, curve.high, label=label, **shade)
     own = [c for c in shown if c.role == "method"]
     for i, curve in enumerate(own):
         axes.plot(
@@ -81,22 +132,26 @@ def _number(report: Report, name: str, subject: str, form: str) -> str:
 
 
 def _pair_row(report: Report, figure: Figure) -> list[str]:
-    group = figure.group
-    here = {(f.name, f.role): f for f in report.figures if f.group == group}
+    here = {(f.name, f.role): f for f in report.figures if f.group == figure.group}
     low, high = here["cos φ", "control"].interval or (math.nan, math.nan)
-    spreads = [f for (name, _), f in here.items() if name.startswith("cos φ, ")]
-    std = spreads[0] if spreads else None
-    spread = "" if std is None else f" ± {std.value:.1e}"
-    angles = overlapping = "–"
-    if ("overlap", "method") in here:
-        ends = [here[f"principal angle, {what}", "note"].value for what in ("smallest", "median", "largest")]
-        angles = " / ".join(f"{v:.1f}" for v in ends)
-        overlapping = f"{here['overlap', 'method'].value:.3f} ({here['overlap', 'control'].value:.3f})"
     return [
-        printable(group),
-        f"{cosine(figure.value)}{spread}",
-        span(low, high),
-        "by construction" if figure.note.startswith(BY_CONSTRUCTION) else figure.note.split(" ", 1)[0],
-        angles,
-        overlapping,
+        printable(_short(figure.group)),
+        cosine(figure.value),
+        gap(figure.value),
+        f"{gap(high)} to {gap(low)}",
+        "1 by construction" if figure.note.startswith(BY_CONSTRUCTION) else figure.note.split(" ", 1)[0],
     ]
+
+
+def _short(group: str) -> str:
+    """Return a group's name without its way, which is told below the table."""
+    for way in filter(None, WAYS):
+        group = group.removesuffix(way)
+    return group
+
+
+def _angle_row(report: Report, group: str) -> list[str]:
+    here = {(f.name, f.role): f for f in report.figures if f.group == group}
+    ends = [here[f"principal angle, {what}", "note"].value for what in ("smallest", "median", "largest")]
+    shares = [here["overlap", role].value for role in ("method", "control")]
+    return [printable(group), *(f"{v:.1f}" for v in ends), *(f"{v:.3f}" for v in shares)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,18 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from cli import account, auto, choosing, measure
+from cli import account, auto, choosing, measure, settling
 from cli.collection import Collection, Queries
-from cli.knobs import AUTO, STORED, SolveOptions, check_name, has_rank
+from cli.knobs import AUTO, SolveOptions, check_name, has_rank
+from cli.settling import check_writable as check_writable
+from cli.settling import load_projection as load_projection
 from cli.simulating import SimulatedPairs
-from cli.training import Progress, fit_cosface
+from cli.training import Progress, Run, finished, fit_cosface
 from latentstore import results
 from latentstore._version import __version__
 from latentstore.errors import UsageError
 from latentstore.results import Report
 from latentstore.schema import check_space
 from solvers.data import PairData
-from solvers.errors import NoPairsError
+from solvers.errors import DivergedError, NoPairsError
 from solvers.methods import build, check_rank, get
 from solvers.nullspace import difference_facts
 from solvers.projection import Projection, identity_hash
@@ -34,12 +35,13 @@ _KEPT = ("numerical_rank", "decided_by", "path", "statement", "n_pairs")
 
 @dataclass(frozen=True)
 class Solved:
-    """A Projection, its report and how it fared."""
+    """A Projection, its report, how it fared, and the file that it was written to."""
 
     projection: Projection
     report: Report
     facts: dict[str, Any]
     evaluation: measure.Evaluation
+    out: Path
 
 
 def fit(
@@ -49,6 +51,8 @@ def fit(
     asked: Collection | None = None,
     progress: Progress | None = None,
     say: auto.Say = lambda text: None,
+    init: Projection | None = None,
+    run: Run | None = None,
 ) -> tuple[Projection, dict[str, Any], list[dict[str, Any]]]:
     """Fit one method on the training split, or all; choose what is left open on validation.
 
@@ -61,7 +65,11 @@ def fit(
     progress : callable, optional
         Takes (step, steps, loss) of a training run.
     say : callable
-        Takes the lines of ``auto``, one a fit.
+        Takes the lines of ``auto``, one a fit, and those of a training run.
+    init : Projection, optional
+        Where the W of a training run starts.
+    run : Run, optional
+        What a training run keeps; by default nothing.
 
     Returns
     -------
@@ -72,6 +80,8 @@ def fit(
     ------
     NoPairsError
         The method learns from pairs and the store holds none in its training split.
+    DivergedError
+        Its text names the file of the last good W, where the run keeps any.
     """
     check_name(options.method)
     rank = _checked_rank(options, collection.store.layout.dim)
@@ -82,16 +92,40 @@ def fit(
     if needs_pairs and not data.n_pairs:
         raise NoPairsError(_no_pairs(collection, options.method))
     queries = (asked or collection).queries("validation")
-    bare, facts, choices = _fitted(collection, options, rank, queries, simulated, progress, say)
+    fitting = _Fitting(collection, options, queries, simulated, init, progress, say, run)
+    try:
+        bare, facts, choices = _fitted(fitting, data, rank)
+    except DivergedError as error:
+        raise _with_last_good(error, fitting) from error
     if data.n_pairs and facts.get("numerical_rank") is None:
         facts |= difference_facts(data)
-    used = np.zeros(0, np.uint64)
-    if choices:
-        used = identity_hash(measure.used_names(queries.collection, queries.rows))
+    return _signed(bare, fitting, facts, judged=bool(choices)), facts, choices
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """What a fit is asked for, and by which means."""
+
+    collection: Collection
+    options: SolveOptions
+    queries: Queries
+    simulated: SimulatedPairs | None
+    init: Projection | None
+    progress: Progress | None
+    say: auto.Say
+    run: Run | None
+
+
+def _signed(bare: Projection, fitting: _Fitting, facts: Mapping[str, Any], *, judged: bool) -> Projection:
+    """Return a map with where it is from: space, data, and the identities that it must not report on."""
+    collection, queries, simulated = fitting.collection, fitting.queries, fitting.simulated
+    used = np.zeros(0, np.uint64) if fitting.init is None else fitting.init.used_identities
+    if judged:
+        used = np.union1d(used, identity_hash(measure.used_names(queries.collection, queries.rows)))
     if get(bare.method).needs_pairs:
         learned = collection.pairs("train")[1] if simulated is None else simulated.rows
         used = np.union1d(used, identity_hash(measure.used_names(collection, learned)))
-    projection = replace(
+    return replace(
         bare,
         space_id=collection.store.space.id,
         data_hash=collection.data_hash,
@@ -103,36 +137,78 @@ def fit(
             "store": collection.store.path.name,
             "encoder": collection.store.provenance.get("encoder", {}).get("name"),
             **{k: facts[k] for k in _KEPT if k in facts},
-            **_fitted_on(bare.method, options),
+            **_fitted_on(bare.method, fitting.options),
         },
     )
-    return projection, facts, choices
+
+
+def _with_last_good(error: DivergedError, fitting: _Fitting) -> DivergedError:
+    """Write the last good W of a run that diverged, and return the failure with the file's name."""
+    run = fitting.run or Run()
+    path = run.beside(".last-good.safetensors")
+    if path is None or not run.leads or error.weights is None:
+        return error
+    W = Projection(error.weights, error.weights, method=fitting.options.method, knobs=fitting.options.recipe)
+    _signed(W, fitting, {"statement": str(error)}, judged=True).save(path)
+    return DivergedError(f"{error} The last good W is {path}.", error.weights)
 
 
 def solve(
     store: Path,
-    out: Path,
+    out: Path | None,
     options: SolveOptions,
     *,
     queries: Path | None = None,
     progress: Progress | None = None,
     say: auto.Say = lambda text: None,
     command: str = "",
-) -> Solved:
+    run: Run | None = None,
+) -> Solved | None:
     """Fit, write the Projection, evaluate it on the test split, and write the results beside it.
 
-    ``queries`` names another store whose validation queries choose and whose test queries measure.
+    Parameters
+    ----------
+    out : Path, optional
+        By default ``W-METHOD-RANK.safetensors`` in the working folder.
+    queries : Path, optional
+        Another store whose validation queries choose and whose test queries measure.
+    run : Run, optional
+        How a training run starts and what it keeps beside ``out``.
+
+    Returns
+    -------
+    Solved or None
+        None in all but the first of several processes that train together.
     """
     began = time.perf_counter()
-    check_writable(out)
+    run = run or Run()
+    settling.check_files(out=out or Path("W.safetensors"), log=run.log, plot=run.plot)
+    check_name(options.method)
+    settling.check_start(options, run.init)
+    world = settling.world(options)
     collection = Collection.open(store)
     asked = collection
     if queries is not None:
         asked = Collection.open(queries)
         check_space(asked.store.space.id, collection.store.space.id, what=f"--queries {queries}")
-    projection, facts, choices = fit(collection, options, asked=asked, progress=progress, say=say)
+    init = None if run.init is None else settling.start(run.init, collection)
+    options, notes = settling.settled_rank(options, collection.store.layout.dim, init)
+    out = out or settling.default_out(options)
+    run = replace(run, out=out, world=world)
+    speak = say if run.leads else (lambda text: None)
+    projection, facts, choices = fit(
+        collection, options, asked=asked, progress=progress, say=speak, init=init, run=run
+    )
+    if world is not None:
+        world.close()
+    if not run.leads:
+        return None
     fitted = time.perf_counter()
+    notes += settling.replaced(out, projection)
     projection.save(out)
+    trained = facts.pop("curves", None)
+    if trained is not None:
+        finished(run, trained, facts.get("best_step"))
     control_set = measure.fit_controls(collection, projection.rank)
     if options.method == AUTO:
         control_set |= auto.rival(collection, options, choices)
@@ -155,6 +231,7 @@ def solve(
             **account.describe(collection, test, evaluation),
             **({"training pairs": facts.get("n_pairs")} if simulated else {}),
             **simulated,
+            **({"latents": facts["latents"]} if "latents" in facts else {}),
             **({"tried": choices} if choices else {}),
         },
         settings={
@@ -165,9 +242,12 @@ def solve(
         },
         reproduce=[command] if command else [],
         figures=figures,
-        curves=account.solver_curves(projection.method, facts, choices if options.method != AUTO else []),
+        curves=trained
+        or account.solver_curves(projection.method, facts, choices if options.method != AUTO else []),
         caveats=[
+            *notes,
             *_simulated_caveat(simulated),
+            *settling.at_an_edge(options, choices),
             *facts.get("left out", []),
             *account.caveats(collection, test, evaluation),
         ],
@@ -175,7 +255,7 @@ def solve(
         **results.stamp(),
     )
     report.write(results_path(out))
-    return Solved(projection, report, {**facts, "choices": choices}, evaluation)
+    return Solved(projection, report, {**facts, "choices": choices}, evaluation, out)
 
 
 def evaluate(
@@ -215,40 +295,9 @@ def evaluate(
     return report
 
 
-def load_projection(path: Path) -> Projection:
-    """Load a Projection.
-
-    Raises
-    ------
-    UsageError
-        There is no such file.
-    """
-    if not path.is_file():
-        raise UsageError(
-            f"There is no projection {path} (looked in {Path.cwd()}). Make one with solve, "
-            "or leave --projection out to use the collection's own analytic map."
-        )
-    return Projection.load(path)
-
-
 def results_path(out: Path) -> Path:
     """Return where the results of a written file go: ``W.safetensors`` → ``W.results.json``."""
     return out.with_suffix(".results.json")
-
-
-def check_writable(out: Path) -> None:
-    """Refuse before any work what could not be written after it.
-
-    Raises
-    ------
-    UsageError
-    """
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; --out names the file to write.")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out is {out}, but there is no folder {out.parent}. Make it, or choose another.")
-    if not os.access(out.parent, os.W_OK):
-        raise UsageError(f"--out is {out}, but the folder {out.parent.absolute()} cannot be written to.")
 
 
 def _no_pairs(collection: Collection, method: str) -> str:
@@ -276,32 +325,37 @@ def _checked_rank(options: SolveOptions, dim: int) -> int | str:
 
 
 def _fitted(
-    collection: Collection,
-    options: SolveOptions,
-    rank: int | str,
-    queries: Queries,
-    simulated: SimulatedPairs | None,
-    progress: Progress | None,
-    say: auto.Say,
+    fitting: _Fitting, data: PairData, rank: int | str
 ) -> tuple[Projection, dict[str, Any], list[dict[str, Any]]]:
     """Return the map, still without where it is from, its fit's account and the validation table."""
-    data = collection.data if simulated is None else simulated.data
-    dim = collection.store.layout.dim
-    if options.knobs.get("latent_shape") == STORED:
-        shape = collection.store.space.latent_shape
-        options = replace(options, knobs={**options.knobs, "latent_shape": shape})
+    collection, queries = fitting.collection, fitting.queries
+    options, dim = settling.with_shape(fitting.options, collection), collection.store.layout.dim
     if options.method == AUTO:
-        judge = choosing.Judge.of(collection, queries, dim)
         found = auto.fit_auto(
-            collection, data, options, judge, simulated=simulated, progress=progress, say=say
+            collection,
+            data,
+            options,
+            choosing.Judge.of(collection, queries, dim),
+            simulated=fitting.simulated,
+            progress=fitting.progress,
+            say=fitting.say,
         )
         return found.projection, {**found.facts, "left out": found.left_out}, found.table
     if get(options.method).needs_torch:
-        judge = choosing.Judge.of(collection, queries, dim)
-        fitted, choices = fit_cosface(
-            collection, options, int(rank), judge=judge, simulated=simulated, progress=progress
+        made = fit_cosface(
+            collection,
+            options,
+            int(rank),
+            judge=choosing.Judge.of(collection, queries, dim),
+            asked=queries,
+            simulated=fitting.simulated,
+            init=fitting.init,
+            progress=fitting.progress,
+            run=fitting.run,
+            say=fitting.say,
         )
-        return fitted.projection(), dict(fitted.report), choices
+        told = {"latents": made.latents, "left out": made.notes, "curves": made.curves}
+        return made.fitted.projection(), {**made.fitted.report, **told}, made.choices
     return _closed(collection, data, options, rank, queries)
 
 

@@ -18,7 +18,7 @@ def sweep(
     ] = "svd",
     ranks: Annotated[
         str | None,
-        typer.Option(help="Ranks of W, between commas.", show_default="16, 32, ... up to the dimension"),
+        typer.Option(help="Ranks of W, between commas.", show_default="16, 32, ... and the largest there is"),
     ] = None,
     store: Store = STORE,
     lam: Annotated[
@@ -45,8 +45,9 @@ def sweep(
     Example: latentstore sweep --method svd --ranks 64,128,256 --store simulated.zarr --plot sweep.png
     """
     from cli import knobs, render, render_sweep, sweeping
+    from cli.ranks import parse_ranks
 
-    asked = None if ranks is None else sweeping.parse_ranks(ranks)
+    asked = None if ranks is None else parse_ranks(ranks)
     named = {
         "lam": lam,
         "score": score and score.value,
@@ -113,7 +114,7 @@ def compare(
 
     Example: latentstore compare --store pairs.zarr --method gnull --jackknife 10 --plot spectra.png
     """
-    from cli import render
+    from cli import progress, render
     from cli.comparing import compare as run_compare
     from cli.refitting import RefitOptions
     from cli.render_compare import compared
@@ -127,9 +128,17 @@ def compare(
         seed=seed,
         jackknife=jackknife,
     )
-    report = run_compare(
-        projections or [], store=store, refit=refit, out=out, plot=plot, command=command_line()
-    )
+    with progress.tracked("compare", "fits", quiet=json_ or store is None) as shown:
+        report = run_compare(
+            projections or [],
+            store=store,
+            refit=refit,
+            out=out,
+            plot=plot,
+            command=command_line(),
+            on_start=shown.on_start,
+            on_fit=shown.on_rows,
+        )
     render.emit(report.to_dict()) if json_ else render.say(compared(report))
 
 

@@ -16,18 +16,18 @@ from cli import account, choosing, measure, solving
 from cli.choosing import default_ranks
 from cli.collection import Collection, Queries
 from cli.knobs import AUTO, SolveOptions, check_foreign, has_rank
-from cli.render import percent
-from cli.render_sweep import LEVEL, draw
+from cli.ranks import Wanted, listed
+from cli.ranks import dropped as dropped_ranks
+from cli.render import counted, percent
+from cli.render_sweep import CHANCE, LADDERS, LEVEL, draw
 from latentstore import results
 from latentstore.errors import UsageError
 from latentstore.results import Curve, Report, Role
-from solvers.gallery_maps import Pca
 from solvers.methods import get
 from solvers.metrics import Ranking, bootstrap
 from solvers.projection import Projection, identity_hash
 from solvers.selection import controls
 
-WHITENED = (("PCA-whitened ¼", 0.25), ("PCA-whitened ½", 0.5))
 COLUMNS = ("method", "rank", "group", "split", "mAP", "lower", "upper", "Acc", "n")
 
 Split = Literal["validation", "test"]
@@ -35,7 +35,10 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Point:
-    """What one map of one rank reached on one group of queries; fractions, with mAP's 95 % interval."""
+    """What one map of one rank reached on one group of queries; fractions, with mAP's 95 % interval.
+
+    A control that keeps every dimension has the latents' dimension as its rank; chance has rank 0.
+    """
 
     method: str
     rank: int
@@ -56,25 +59,6 @@ class Swept:
     points: list[Point]
     best: int | None
     report: Report
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """Return the ranks of a list like ``64,128,256``, ascending, each once.
-
-    Raises
-    ------
-    UsageError
-        An entry is no whole number, or below 1.
-    """
-    try:
-        ranks = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        ranks = [0]
-    if ranks[0] < 1:
-        raise UsageError(
-            f"--ranks is {text!r}; it must be whole numbers of at least 1 between commas, as in 64,128,256."
-        )
-    return tuple(ranks)
 
 
 def sweep(
@@ -99,7 +83,8 @@ def sweep(
         Of pairs, or of a collection and queries.
     method : str
     ranks : sequence of int or None
-        None for :func:`default_ranks`; those above what the method can give are dropped, and said to be.
+        None for :func:`default_ranks` and the largest rank that the method finds. Of those that are named,
+        the ones that cannot be had are dropped, and said to be.
     knobs : mapping, optional
         Of the method, as in :class:`SolveOptions`.
     refit : bool
@@ -126,13 +111,14 @@ def sweep(
         check_plot(plot)
     collection = Collection.open(store)
     dim = collection.store.layout.dim
-    asked = tuple(ranks or default_ranks(dim))
+    asked = tuple(ranks or sorted({*default_ranks(dim), dim}))
     options = SolveOptions(method, knobs=knobs)
-    kept, validated = _chosen(collection, options, [k for k in asked if k <= dim], refit, progress)
+    wanted = Wanted(tuple(k for k in asked if k <= dim), top=ranks is None)
+    kept, validated = _chosen(collection, options, wanted, refit, progress)
     if not kept:
         raise UsageError(
-            f"None of the ranks {_listed(asked)} can be had: latents of {store} have {dim} values, and "
-            f"{method} finds no such rank in them. Give smaller --ranks."
+            f"None of the ranks {listed(asked)} can be had: latents of {store} have {dim} values, and "
+            f"{method} finds no such rank in them. Give smaller --ranks, or leave it out."
         )
     fitted = time.perf_counter()
     best = max(validated, key=lambda p: (p.map, -p.rank)).rank if validated else None
@@ -153,10 +139,10 @@ def sweep(
             f"None of the {len(queries.rows)} test queries has its origin in {store}: nothing can be "
             "measured. Encode their origins into the same store."
         )
-    dropped = [k for k in asked if k not in kept]
+    dropped = [k for k in asked if k not in kept] if ranks else []
     report = Report(
         kind="sweep",
-        title=f"{method} over {len(kept)} rank{'s' * (len(kept) > 1)}",
+        title=f"{method} over {counted(len(kept), 'rank')}",
         summary=_summary(method, best, validated, measured, points),
         data=account.describe(collection, queries, measured[0]),
         settings={
@@ -171,7 +157,11 @@ def sweep(
         reproduce=[command] if command else [],
         figures=[figure for evaluation in measured for figure in evaluation.figures],
         curves=_curves(points, list(kept)),
-        caveats=[*_dropped(method, dropped, kept), *account.caveats(collection, queries, measured[0])],
+        caveats=[
+            *dropped_ranks(method, dropped, list(kept), dim),
+            *_seen(groups),
+            *account.caveats(collection, queries, measured[0], learned=get(method).needs_pairs),
+        ],
         timings={"fit": fitted - began, "evaluate": time.perf_counter() - fitted},
         **results.stamp(),
     )
@@ -184,13 +174,13 @@ def sweep(
 
 
 def write_csv(points: Sequence[Point], path: Path) -> None:
-    """Write one line a point; fractions in full, an empty cell where there is no interval."""
+    """Write one line a point; fractions in full, an empty cell where there is no interval or no rank."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for p in points:
             low, high = p.interval or ("", "")
-            writer.writerow([p.method, p.rank, p.group, p.split, p.map, low, high, p.acc, p.n])
+            writer.writerow([p.method, p.rank or "", p.group, p.split, p.map, low, high, p.acc, p.n])
 
 
 def _check_method(method: str, refit: bool) -> None:
@@ -229,7 +219,7 @@ def check_plot(plot: Path) -> None:
 def _chosen(
     collection: Collection,
     options: SolveOptions,
-    ranks: Sequence[int],
+    wanted: Wanted,
     refit: bool,
     progress: solving.Progress | None,
 ) -> tuple[dict[int, Projection], list[Point]]:
@@ -238,15 +228,16 @@ def _chosen(
     Where a setting of the knobs was left open, it is the one that did best there at that rank. Only the best
     so far are held: at full rank a map takes as much memory as a covariance.
     """
-    if not ranks:
+    if not wanted.ranks:
         return {}, []
     queries = collection.queries("validation")
     judge = choosing.Judge.of(collection, queries, collection.store.layout.dim)
-    maps = _refitted(collection, options, ranks, progress) if refit else _settings(collection, options, ranks)
+    made = (
+        _refitted(collection, options, wanted, progress) if refit else _settings(collection, options, wanted)
+    )
     kept: dict[int, Projection] = {}
     points: dict[int, Point] = {}
-    for p, own in maps:
-        there = [k for k in own if k <= p.rank]
+    for p, there in made:
         if judge is None:
             kept |= {k: p.truncated(k) for k in there if k not in kept}
             continue
@@ -260,32 +251,36 @@ def _chosen(
 
 
 def _refitted(
-    collection: Collection, options: SolveOptions, ranks: Sequence[int], progress: solving.Progress | None
+    collection: Collection, options: SolveOptions, wanted: Wanted, progress: solving.Progress | None
 ) -> Iterator[tuple[Projection, list[int]]]:
     """Fit every rank apart, as ``solve`` does; a rank that cannot be had is left out."""
-    for k in ranks:
+    for k in wanted.ranks:
         p = solving.fit(collection, replace(options, rank=k), progress=progress)[0]
-        if p.rank == k:
-            yield p, [k]
+        if p.rank == k or wanted.top:
+            yield p, [p.rank]
+        if p.rank < k:
+            return
 
 
 def _settings(
-    collection: Collection, options: SolveOptions, ranks: Sequence[int]
+    collection: Collection, options: SolveOptions, wanted: Wanted
 ) -> Iterator[tuple[Projection, list[int]]]:
     """Fit every setting of the open knobs once; without validation the one that is named, or the default."""
-    options, known = replace(options, rank=max(ranks)), get(options.method)
+    options, known = replace(options, rank=max(wanted.ranks)), get(options.method)
     asked = choosing.settings(options.knobs, choosing.open_knobs(options.method))
     alone = len(asked) < 2 or not len(collection.queries("validation").rows)
     # Without pairs solve's own refusal is wanted, which knows the store.
     if alone or (known.needs_pairs and not collection.data.n_pairs):
-        yield solving.fit(collection, options)[0], list(ranks)
+        p = solving.fit(collection, options)[0]
+        yield p, wanted.within(p.rank)
         return
     collection.require_gallery()
     used = np.zeros(0, np.uint64)
     if known.needs_pairs:
         used = identity_hash(measure.used_names(collection, collection.pairs("train")[1]))
     for p, _ in choosing.fits(collection.data, options.method, options.rank, asked):
-        yield replace(p, space_id=collection.store.space.id, used_identities=used), list(ranks)
+        p = replace(p, space_id=collection.store.space.id, used_identities=used)
+        yield p, wanted.within(p.rank)
 
 
 def _validated(method: str, rank: int, ranking: Ranking, judge: choosing.Judge) -> Point:
@@ -305,20 +300,20 @@ def _validated(method: str, rank: int, ranking: Ranking, judge: choosing.Judge) 
 
 
 def _controls(collection: Collection, ranks: Sequence[int]) -> dict[str, Projection]:
-    """Return raw, centred, and both PCA-whitenings at every rank and over the gallery's whole span."""
+    """Return the controls without a rank, then the others at every rank; whitening over its span, too."""
     found = controls(collection.data, max(ranks))
-    own = {name: found[name] for name in LEVEL}
-    for name, exponent in WHITENED:
-        full = found[f"{name}, all"]
-        for k in sorted({min(k, full.rank) for k in ranks} | {full.rank}):
-            own[_name(name, k)] = replace(
-                full.truncated(k), method=Pca.name, knobs={"rank": k, "exponent": exponent}
-            )
+    own = {name: found[name] for name in LEVEL if name in found}
+    for name in LADDERS:
+        full = found.get(f"{name}, all", found[name])
+        for k in sorted({*(min(k, full.rank) for k in ranks), full.rank}):
+            cut = full if k == full.rank else full.truncated(k)
+            own[_name(name, k)] = replace(cut, knobs={**full.knobs, "rank": k})
     return own
 
 
 def _control_sources(control_set: Mapping[str, Projection], dim: int) -> dict[str, tuple[str, int]]:
-    return {name: (name.partition(" @")[0], min(p.rank, dim)) for name, p in control_set.items()}
+    own = {name: (name.partition(" @")[0], min(p.rank, dim)) for name, p in control_set.items()}
+    return {**own, CHANCE: (CHANCE, 0)}
 
 
 def _groups(collection: Collection, queries: Queries, *, learned: bool) -> list[Queries]:
@@ -341,7 +336,7 @@ def _points(
     evaluation: measure.Evaluation, group: str, split: Split, sources: Mapping[str, tuple[str, int]]
 ) -> list[Point]:
     """Return the mAP and Acc of an evaluation's maps as points, in the order of ``sources``."""
-    figures = {(f.name, f.subject): f for f in evaluation.figures if f.role in ("method", "control")}
+    figures = {(f.name, f.subject): f for f in evaluation.figures if f.role != "note"}
     out = []
     for subject, (method, rank) in sources.items():
         if ("mAP", subject) in figures:
@@ -366,12 +361,15 @@ def _curves(points: Sequence[Point], ranks: Sequence[int]) -> list[Curve]:
     """Return mAP over rank, a plot for each group; a control without a rank is a level line."""
     out = []
     tested = [p for p in points if p.split == "test"]
+    levels = (*LEVEL, CHANCE)
+    # Whitening over the gallery's whole span may lie right of every rank of W.
+    wide = sorted({*ranks, *(p.rank for p in tested if p.method not in levels)})
     for group in dict.fromkeys(p.group for p in tested):
         for method in dict.fromkeys(p.method for p in tested if p.group == group):
             line = [p for p in tested if (p.group, p.method) == (group, method)]
-            level = method in LEVEL
+            level = method in levels
             shown = [line[0]] * 2 if level else line
-            x = [min(ranks), max(ranks)] if level else [p.rank for p in line]
+            x = [wide[0], wide[-1]] if level else [p.rank for p in line]
             spans = [p.interval for p in shown if p.interval is not None]
             banded = line[0].role == "method" and len(spans) == len(shown)
             out.append(
@@ -402,27 +400,23 @@ def _summary(
         return ["There are no validation queries to choose a rank on; the table is all there is to say."]
     chosen = next(p for p in validated if p.rank == best)
     at = next(p for p in points if (p.method, p.rank, p.split) == (method, best, "test"))
+    judged = counted(chosen.n, "query", "queries")
     head = (
-        f"Rank {best} was chosen on validation (mAP {percent(chosen.map)} %, {chosen.n} queries); on test it "
+        f"Rank {best} was chosen on validation (mAP {percent(chosen.map)} %, {judged}); on test it "
         f"has mAP {percent(at.map)} % and Acc {percent(at.acc)} %."
     )
     own = [m.verdict for e in measured for m in e.methods if m.subject == _name(method, best)]
     return [head, *own]
 
 
-def _dropped(method: str, dropped: Sequence[int], kept: Mapping[int, Any]) -> list[str]:
-    if not dropped:
+def _seen(groups: Sequence[Queries]) -> list[str]:
+    """Say what "seen" means where models are told apart."""
+    if not any("in training" in g.group for g in groups):
         return []
-    text = (
-        f"Dropped ranks: {_listed(dropped)}. {method} finds fewer directions than that in these latents; "
-        f"the largest rank measured is {max(kept)}."
-    )
-    return [text]
+    return [
+        "A model is seen in training when some of its translations of training identities were fitted on."
+    ]
 
 
 def _name(method: str, rank: int) -> str:
     return f"{method} @{rank}"
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))

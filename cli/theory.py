@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from cli import theory_lemma
 from cli.collection import Collection, Rows
+from cli.render import counted
 from cli.solving import check_writable
 from latentstore import results
 from latentstore.errors import UsageError
@@ -32,6 +33,14 @@ OWN, UNSEEN, OTHER = (
     f"{MOVES}, second model's held-out pairs",
 )
 MISSED = "‖U₃W₂ − W₂M‖/‖U₃W₂‖"
+_SPREAD = (
+    "A stranger's difference g − o varies by both their covariances, so the directions in which it varies "
+    "least still keep clear of those that translations spread."
+)
+_FEW = (
+    "With fewer pairs than values any pairs leave a null space, and inside it W takes the directions in "
+    "which origins vary most."
+)
 Done = Callable[[int, int], None]
 PLANTED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("planted: both models move within one subspace of 16 in 64", {}),
@@ -70,9 +79,10 @@ class TheoryOptions:
 
     def __post_init__(self) -> None:
         if len(self.vaes) not in (0, 2):
+            given = counted(len(self.vaes), "time")
             raise UsageError(
-                f"Table 4 compares two autoencoders, and --vae was given {len(self.vaes)} times. Give it "
-                "twice, or not at all."
+                f"Table 4 compares two autoencoders, and --vae was given {given}. Give it twice, or "
+                "not at all."
             )
 
 
@@ -143,18 +153,18 @@ class _Part:
 
 
 def _lemma_1(options: TheoryOptions, done: Done) -> _Part:
-    part = _Part(caveats=_lemma_caveats(options))
+    part = _Part(caveats=theory_lemma.caveats(options.images, options.seed, built=options.pipeline is None))
     sources = (options.pipeline, options.images, options.image_size, options.device, options.seed)
     with theory_lemma.one_thread(options.pipeline is None):
         for case in theory_lemma.cases(*sources):
             part.figures += theory_lemma.lemma_figures(case, options.seed)
             done(1, 0)
-    part.summary = _lemma_verdict(part.figures)
+    part.summary = theory_lemma.verdict(part.figures)
     return part
 
 
 def _theorems(world: _StoreWorld | None, options: TheoryOptions, done: Done) -> _Part:
-    part = _Part()
+    part, checked = _Part(), dict[str, theory.World]()
     if world is None:
         said = "Theorems 1 and 2 were checked on planted pairs alone; --store PAIRS adds your own."
         part.summary.append(said)
@@ -162,11 +172,14 @@ def _theorems(world: _StoreWorld | None, options: TheoryOptions, done: Done) -> 
         part.figures += _theorem_figures(world.name, world.pairs, world.rank, options.seed)
         part.summary.append(_verdict(world, part.figures))
         part.caveats += world.caveats
+        checked[world.name] = world.pairs
         done(1, 0)
     for name, knobs in PLANTED:
         planted = theory.planted(seed=options.seed, **knobs)
         part.figures += _theorem_figures(name, planted, planted.dim // 4, options.seed)
+        checked[name] = planted
         done(1, 0)
+    part.caveats += _on_wrong_pairs(part.figures, checked)
     return part
 
 
@@ -237,12 +250,17 @@ def _store_world(collection: Collection, options: TheoryOptions) -> _StoreWorld:
     if not train:
         raise NoPairsError(
             f"Theorems 1 and 2 are about pairs (an origin and its translation), and {collection.store.path} "
-            f"holds {len(collection.translations)} pairs, none in the training split: "
-            f"{len(collection.gallery)} images. Make pairs with latentstore simulate --store "
+            f"holds {_held(collection)}. Make pairs with latentstore simulate --store "
             f"{collection.store.path} --out simulated.zarr, encode your own translations with --manifest "
             "LIST.csv (columns path,identity,role,model), or leave --store out for planted pairs."
         )
     first, *others = sorted(train, key=lambda m: (-len(train[m][0]), m))
+    if len(set(collection.identity[train[first][0]].tolist())) < 2:
+        raise NoPairsError(
+            "Theorems 1 and 2 compare what a translation moves with how origins differ, and "
+            f"{collection.store.path} holds {counted(len(train[first][0]), 'training pair')} of one origin: "
+            "nothing differs. Encode translations of at least two origins of the training split."
+        )
     caveats = []
     pairs = _pairs(collection, train[first], PAIRS, options.seed)
     held_out = _pairs(collection, test.get(first), HELD_OUT, options.seed)
@@ -252,8 +270,8 @@ def _store_world(collection: Collection, options: TheoryOptions) -> _StoreWorld:
         other_held_out = _pairs(collection, test.get(second), HELD_OUT, options.seed)
         if len(others) > 1:
             caveats.append(
-                f"The store holds {len(train)} models; the two with the most pairs are checked ({first}; "
-                f"{second})."
+                f"The store holds translations of {len(train)} models; the two with the most training pairs "
+                f"are checked ({first}; {second})."
             )
     else:
         diffusion = _second_diffusion(collection, options.seed)
@@ -277,6 +295,12 @@ def _store_world(collection: Collection, options: TheoryOptions) -> _StoreWorld:
         "held-out pairs": len(held_out),
     }
     return _StoreWorld(f"{collection.store.path.name}: {first}", world, rank, data, caveats)
+
+
+def _held(collection: Collection) -> str:
+    n = len(collection.translations)
+    none = ", none of them in the training split" if n else ""
+    return f"{counted(n, 'pair')}{none}: {counted(len(collection.gallery), 'image')}"
 
 
 def _rows_by_model(collection: Collection, split: str) -> dict[str, tuple[Rows, Rows]]:
@@ -346,62 +370,37 @@ def _verdict(world: _StoreWorld, figures: list[Figure]) -> str:
     n, d = len(world.pairs.fitted), world.pairs.dim
     text = (
         f"{world.name}: through W by Lemma 2 ({world.rank} of {d} columns) a translation moves {both(OWN)} "
-        f"of what the origins vary on the {n} fitted pairs, {both(UNSEEN)} on held-out ones (Theorem 1), and "
-        f"{both(OTHER)} on those of the second model (Theorem 2)."
+        f"of what the origins vary on the {counted(n, 'fitted pair')}, {both(UNSEEN)} on held-out ones "
+        f"(Theorem 1), and {both(OTHER)} on those of the second model (Theorem 2)."
     )
     ours, random = (value.get((who, UNSEEN), math.nan) for who in ("svd", "random subspace"))
     if ours >= random:
         text += " On held-out pairs that is no better than a subspace that knows nothing."
     if n < d:
         text += (
-            f" With {n} pairs of {d} values a null space of {d - n} dimensions is arithmetic: wrong pairs "
-            "have one, too."
+            f" With {counted(n, 'pair')} of {d} values a null space of {d - n} dimensions is arithmetic: "
+            "wrong pairs have one, too."
         )
     return text
 
 
-def _lemma_verdict(figures: list[Figure]) -> list[str]:
-    held = [f.value for f in figures if f.name == theory_lemma.DEVIATION and f.role == "method"]
-    gaps = [f for f in figures if f.name == theory_lemma.GAP and f.role == "method"]
-    sampled = [f.value for f in gaps if theory_lemma.AGAIN not in f.subject]
-    again = [f.value for f in gaps if theory_lemma.AGAIN in f.subject]
-    holds = (
-        f"Lemma 1 holds for one step, as algebra: both sides agree to {max(held):.0e} at every noise level, "
-        "whatever the denoiser says."
-    )
-    gap = (
-        "It says less of a translation that is sampled: after several steps the end lies "
-        f"{_range(sampled)} of ‖ẑ₀ − z₀‖ from the one-step ẑ₀"
-        + (f"; decoded and encoded again, {_range(again)}." if again else ".")
-    )
-    exact = [f.value for f in gaps if f.group.startswith("exact denoiser")]
-    trained = f"With the exact denoiser of Gaussian latents it is {_range(exact)}: no lack of training."
-    return [holds, f"{gap} {trained}"]
-
-
-def _range(values: list[float]) -> str:
-    return f"{min(values):.2g} to {max(values):.2g}"
-
-
-def _lemma_caveats(options: TheoryOptions) -> list[str]:
-    pixels = (
-        "Lemma 1, Eq. 11: The proof takes E(D(z)) = z and one denoising step; the distances above are what "
-        "that leaves out. It also takes E(g) for the latent that the network sees: raw latents differ from "
-        "it by the autoencoder's scaling factor."
-    )
-    noise = (
-        "Theorem 1: The proof takes ε − ε_θ ≈ 0. Even the exact denoiser leaves ‖ε − ε_θ‖/‖ε‖ = √ᾱ on "
-        "latents from N(0, I), and the lemma multiplies it by √(1−ᾱ)/√ᾱ: what is left tends to the "
-        "origin's own size as ᾱ falls."
-    )
-    out = [pixels, noise]
-    if options.pipeline is None:
-        _, what = theory_lemma.read_pictures(
-            options.images, theory_lemma.PICTURES, theory_lemma.SMALL, options.seed
+def _on_wrong_pairs(figures: list[Figure], worlds: Mapping[str, theory.World]) -> list[str]:
+    """Say where W by wrong pairs beats a random subspace on held-out pairs, and why it can."""
+    value = {(f.group, f.subject): f.value for f in figures if f.name == UNSEEN}
+    found, reasons = [], dict[str, None]()
+    for group, world in worlds.items():
+        right, wrong, random = (
+            value.get((group, who), math.nan)
+            for who in ("svd", "svd, fitted on wrong pairs", "random subspace")
         )
-        out.append(
-            "The UNet and the AutoencoderKL are small, built from configurations and not trained; only the "
-            f"patch code is fitted (on photographs). Latents are of {what}. --pipeline FOLDER takes a "
-            "trained model of diffusers, with a text condition of zeros."
-        )
-    return out
+        if wrong < 0.9 * random:
+            found.append(f"{group}: {wrong:.2g} to {random:.2g}, right pairs {right:.2g}")
+            reasons[_FEW if len(world.fitted) < world.dim else _SPREAD] = None
+    if not found:
+        return []
+    text = (
+        "Through W fitted on wrong pairs held-out translations move less than through a random subspace "
+        f"({'; '.join(found)}). {' '.join(reasons)} What the right pairs taught is their lead over the wrong "
+        "ones, not over the random subspace."
+    )
+    return [text]

@@ -17,6 +17,8 @@ from cli.solving import SolveOptions, fit, load_projection
 from latentstore import encoders, images, search
 from latentstore.encode import EncodeSummary, Source, encode
 from latentstore.errors import ImageError, StoreWriteError, UsageError
+from latentstore.features import SUFFIX, load_queries
+from latentstore.importing import IMPORTED
 from latentstore.manifest import list_folder
 from latentstore.results import Candidate, Match
 from latentstore.schema import LATENTS, Posterior, check_space
@@ -288,8 +290,17 @@ def run_match(
     if given is not None:
         given.check_space(collection.store.space.id)
     present = collection.store
-    encoder = encoders.load_for(present.space, present.provenance["encoder"], device=device)
-    names, latents, unreadable = encode_files(files, encoder)
+    if present.kind == IMPORTED and all(path.suffix.lower() == SUFFIX for path in files):
+        names, latents, unreadable = load_queries(files, present.space)
+    elif present.space.encoder == IMPORTED:
+        named = present.provenance["encoder"]["named"]
+        raise UsageError(
+            f"{store} holds imported latents whose encoder is only named ({named}): its "
+            f"queries are {SUFFIX} files of the same encoder, not pictures."
+        )
+    else:
+        encoder = encoders.load_for(present.space, present.provenance["encoder"], device=device)
+        names, latents, unreadable = encode_files(files, encoder)
     if not names:
         listed = "; ".join(f"{n}: {why}" for n, why in unreadable[:3])
         raise UsageError(f"None of the {len(files)} queries can be read ({listed}).")

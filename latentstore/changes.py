@@ -81,11 +81,11 @@ def changed_sources(
     Raises
     ------
     UsageError
-        The store was not made from images.
+        The store was not made from files.
     SourceError
         A URL does not answer.
     """
-    if store.kind != "images":
+    if store.kind == "simulated":
         raise UsageError(f"{store.root} holds simulated latents; it was made from no files.")
     read: Read = "all" if content else "none"
     return list(look(store, Source.recorded(store.origin), read, on_rows=on_rows))

@@ -130,7 +130,7 @@ def prepare(
                 raise
     store = open_store(path)
     if store.kind != "images":
-        raise UsageError(f"{path} holds simulated latents; images are encoded into a store of their own.")
+        raise UsageError(f"{path} holds {store.kind} latents; images are encoded into a store of their own.")
     check_space(encoder.space.id, store.space.id, what=f"encoder {encoder.facts.get('name')!r}")
     check_source(store, source)
     return store

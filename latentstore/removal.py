@@ -164,7 +164,7 @@ def remove(root: Path, rows: Iterable[int], *, reason: str = "taken down") -> Re
     with writing(root):
         migrate(root)
         store = settle(open_store(root))
-        if store.kind != "images":
+        if store.kind == "simulated":
             raise UsageError(
                 f"{root} holds simulated latents: remove the image from the store they were drawn from, and "
                 "simulate again."

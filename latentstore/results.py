@@ -22,7 +22,7 @@ from latentstore.errors import ResultsError
 
 SCHEMA = "latentstore.results/1"
 
-Kind = Literal["evaluation", "solve", "demo", "sweep", "compare", "theory", "benchmark"]
+Kind = Literal["evaluation", "solve", "demo", "sweep", "ablation", "compare", "theory", "benchmark"]
 Role = Literal["method", "control", "chance", "note"]
 
 

@@ -272,8 +272,8 @@ class StoreSpec:
 
     Attributes
     ----------
-    kind : {"images", "simulated"}
-        Whether rows were encoded from pixels or drawn by the analytic diffusion.
+    kind : {"images", "simulated", "imported"}
+        Whether rows were encoded from pixels, drawn by the analytic diffusion, or read as latents.
     space : Space
     layout : Layout
     provenance : dict
@@ -282,7 +282,7 @@ class StoreSpec:
         How the rows were listed or drawn (input folder or manifest; simulator settings).
     """
 
-    kind: Literal["images", "simulated"]
+    kind: Literal["images", "simulated", "imported"]
     space: Space
     layout: Layout
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -52,7 +52,7 @@ class LatentStore:
     root : Path
     array : str
         ``"latents"``, or the name of a further encoder's array.
-    kind : {"images", "simulated"}
+    kind : {"images", "simulated", "imported"}
     space : Space
     layout : Layout
     provenance, origin : dict

@@ -45,6 +45,35 @@ class DivergedError(SolverError, ArithmeticError):
         self.weights = weights
 
 
+class StoppedError(SolverError):
+    """Training was asked to stop, and did between two steps.
+
+    Attributes
+    ----------
+    step
+        The last step that was taken.
+    weights
+        The last good W (d x m); None for a head that is no single matrix.
+    """
+
+    def __init__(self, message: str, step: int, weights: Any = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.weights = weights
+
+
+class BadRowsError(SolverError, ValueError):
+    """Rows to learn from hold numbers that are not finite, or are not of the stated shape."""
+
+
+class SolverMemoryError(SolverError, MemoryError):
+    """What a run would hold does not fit the memory that is free; nothing was started."""
+
+
+class CheckpointError(SolverUsageError):
+    """A checkpoint is damaged, or belongs to another recipe or other data."""
+
+
 class SolverWriteError(SolverError, OSError):
     """A result could not be written to disk."""
 

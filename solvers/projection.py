@@ -17,10 +17,10 @@ from .arrays import as_like, namespace
 from .errors import ProjectionFormatError, SolverUsageError, SpaceError
 from .files import read_safetensors, write_safetensors
 from .rank import check_rank
+from .weight import TORCH_SUFFIXES, read_weight
 
 SCORES = ("cosine", "bias")
 _FORMAT = "solvers.projection"
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 def identity_hash(names: Sequence[str]) -> np.ndarray:
@@ -247,9 +247,8 @@ class Projection:
 
         The latter is loaded as data only, transposed to (d, m), and has the unknown space "".
         """
-        if Path(path).suffix.lower() in _TORCH_SUFFIXES:
-            W = _torch_weight(Path(path))
-            return cls(W, W, method="torch weight", provenance={"file": Path(path).name})
+        if Path(path).suffix.lower() in TORCH_SUFFIXES:
+            return cls.from_weight(path)
         tensors, metadata = read_safetensors(path, _FORMAT)
         try:
             info = json.loads(metadata["info"])
@@ -269,6 +268,23 @@ class Projection:
                 f"{path} lacks a part of a projection ({error}). It was written by another version; solve "
                 "W again."
             ) from error
+
+    @classmethod
+    def from_weight(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dim: int | None = None,
+        key: str | None = None,
+        space_id: str = "",
+    ) -> Self:
+        """Read a weight that was trained elsewhere (see `weight.read_weight`), for latents of length `dim`.
+
+        What it was fitted on is not known: reports cannot refuse the identities that it has seen.
+        """
+        found = read_weight(Path(path), dim=dim, key=key)
+        facts = {"file": Path(path).name, "key": found.key, "shape": found.shape, "left_out": found.left_out}
+        return cls(found.W, found.W, method="torch weight", space_id=space_id, provenance=facts)
 
     def _placed(self, name: str, like: Any) -> Any:
         # One copy per device and dtype: a search calls this for every block.
@@ -307,30 +323,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return str(value)
-
-
-def _torch_weight(path: Path) -> np.ndarray:
-    import torch
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises a different type for every kind of damage
-        raise ProjectionFormatError(
-            f"{path} cannot be read as plain torch weights ({type(error).__name__}). "
-            "Only tensors are accepted, never pickled objects; save the weight with torch.save(tensor)."
-        ) from error
-    tensors = [v for v in loaded.values() if torch.is_tensor(v)] if isinstance(loaded, dict) else [loaded]
-    if len(tensors) != 1 or not torch.is_tensor(tensors[0]) or tensors[0].ndim != 2:
-        raise ProjectionFormatError(
-            f"{path} must hold one two-dimensional tensor; it holds {len(tensors)} entries. "
-            "Save the weight of the projection alone."
-        )
-    weight = tensors[0].detach().float().numpy()
-    if weight.shape[0] > weight.shape[1]:
-        raise ProjectionFormatError(
-            f"{path} holds a weight of shape {weight.shape}; outputs x inputs was expected, with no more "
-            "outputs than inputs. Transpose it before saving."
-        )
-    return np.ascontiguousarray(weight.T)

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from .errors import DivergedError, SolverUsageError
+from .errors import SolverUsageError
 from .fitted import Fitted, make_report
 from .gallery_maps import Capabilities
-from .rank import check_rank
-from .training import (
-    Keeper,
-    LabelledRows,
-    Progress,
-    State,
-    TrainResult,
-    Validate,
-    batches,
-    choose_start,
-    cosface_loss,
-    count_classes,
-    schedule,
-    start_classes,
-)
+from .heads import HEADS
+from .losses import LOSSES
+from .training import LabelledRows, TrainResult, train
 
 __all__ = [
     "ArraySource",
     "CosFace",
     "LabelledRows",
     "TrainResult",
-    "cosface_loss",
     "preset_auto",
     "preset_paper",
     "train",
@@ -67,12 +51,25 @@ class ArraySource:
         return self.rows[indices]
 
 
+_COUNTS = (
+    *("rank", "batch_identities", "per_identity", "steps", "schedule_every", "validate_every"),
+    *("layers", "accumulate", "patience"),
+)
+_CHOICES = {
+    "weight_init": ("auto", "principal", "random"),
+    "class_init": ("means", "random"),
+    "loss": tuple(LOSSES),
+    "head": HEADS,
+    "precision": ("fp32", "tf32", "bf16"),
+}
+
+
 @dataclass(frozen=True)
 class CosFace(Capabilities):
     """Large-margin cosine softmax (CosFace): one class per origin, its translations among its members.
 
-    Loss: cross-entropy of s (cos(x W, c_j) - m [j = y]) over all classes j, with W (d x rank) and the
-    class weights c learned by Adam, without bias or weight decay. Price: 4 b d rank + 6 b C rank
+    Loss: cross-entropy of s (cos(x W, c_j) - m [j = y]) over all classes j (or `loss`), with W (d x rank)
+    and the class weights c learned by Adam, without bias or weight decay. Price: 4 b d rank + 6 b C rank
     multiply-adds a step of b rows, and memory for C x rank class weights with two Adam moments.
 
     The defaults are measured on small stores; `preset_auto` sizes them to the data and `preset_paper`
@@ -98,13 +95,14 @@ class CosFace(Capabilities):
     ema
         Average W with decay min(0.9999, (1 + n) / (10 + n)) and return the average.
     validate_every
-        Steps between validations, where a validation function is given; the best W is kept.
+        Steps between validations and entries of the history; by a validation function the best W is kept.
     weight_init
         "principal": W starts at the top right singular vectors of the (uncentred) rows. "random": seeded
         random orthonormal columns. "auto": the better of both by validation, "principal" without it.
         Principal starts win where origins vary in few directions, random ones where translations do.
     class_init
-        "means": class weights start at the class means of x W, which short runs need. "random": Gaussian.
+        "means": class weights start at the class means of x W, which short runs need, and which a W that is
+        given as the start always gets. "random": Gaussian.
     relative_lr
         Whether `lr` is a share of the initial entries' size: entries of an orthonormal W shrink with
         1 / sqrt(d), so an absolute step would mean something else for every encoder.
@@ -115,6 +113,18 @@ class CosFace(Capabilities):
         Seed of W, the class weights and the sampler.
     device
         "auto" (CUDA when there is one), "cpu", "cuda", ...
+    loss
+        "cosface", "softmax" or "circle" (`solvers.losses`, where each has its own scale and margin).
+    head, layers, latent_shape
+        What stands in the place of W (`solvers.heads`); "linear" is W itself.
+    precision
+        "fp32", "tf32" (float32 products on CUDA rounded to 10 bits) or "bf16" (operands of all products
+        rounded to 8 bits, sums in float32). Weights and Adam's moments are float32 always.
+    accumulate
+        Parts of a batch that are computed one after the other, for less memory: the gradient is that of the
+        whole batch.
+    patience
+        Stop after so many validations without a better mAP; None never does.
     """
 
     rank: int = 512
@@ -135,6 +145,13 @@ class CosFace(Capabilities):
     max_seconds: float | None = None
     seed: int = 0
     device: str = "auto"
+    loss: str = "cosface"
+    head: str = "linear"
+    layers: int = 1
+    latent_shape: tuple[int, int, int] | None = None
+    precision: str = "fp32"
+    accumulate: int = 1
+    patience: int | None = None
     name: ClassVar[str] = "cosface"
     needs_pairs: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
@@ -142,9 +159,15 @@ class CosFace(Capabilities):
     nested_ranks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for knob in ("rank", "batch_identities", "per_identity", "steps", "schedule_every", "validate_every"):
-            if getattr(self, knob) < 1:
-                raise SolverUsageError(f"{knob} must be at least 1, not {getattr(self, knob)}.")
+        for knob in _COUNTS:
+            value = getattr(self, knob)
+            if value is not None and value < 1:
+                raise SolverUsageError(f"{knob} must be at least 1, not {value}.")
+        for knob, choices in _CHOICES.items():
+            if getattr(self, knob) not in choices:
+                raise SolverUsageError(
+                    f"{knob} must be one of {', '.join(choices)}, not {getattr(self, knob)!r}."
+                )
         if not (self.lr > 0 and self.scale > 0 and math.isfinite(self.margin)):
             raise SolverUsageError(
                 f"lr and scale must be positive and the margin finite; got {self.lr}, {self.scale}, "
@@ -155,35 +178,52 @@ class CosFace(Capabilities):
                 f"0 <= warmup <= flat <= 1 is needed (shares of the steps); got {self.warmup} and "
                 f"{self.flat}."
             )
-        if self.weight_init not in ("auto", "principal", "random"):
-            raise SolverUsageError(
-                f"weight_init must be 'auto', 'principal' or 'random', not {self.weight_init!r}."
-            )
-        if self.class_init not in ("means", "random"):
-            raise SolverUsageError(f"class_init must be 'means' or 'random', not {self.class_init!r}.")
 
-    def fit(
-        self, source: LabelledRows, *, validate: Validate | None = None, progress: Progress | None = None
-    ) -> Fitted:
-        """Train on labelled rows and return W with its history in the report."""
-        result = train(self, source, validate=validate, progress=progress)
-        W = result.weights
-        text = f"CosFace, {result.steps} steps; W of step {result.best_step}"
-        text += "." if result.best_map is None else f", chosen by validation mAP {result.best_map:.4f}."
-        report = make_report(
-            path="sgd",
-            statement=text,
-            requested_rank=self.rank,
-            effective_rank=self.rank,
-            history=result.history,
-            best_step=result.best_step,
-            best_map=result.best_map,
-            start_map=result.start_map,
-            seconds=result.seconds,
-            weight_init=result.weight_init,
-        )
-        spectrum = np.linalg.svd(W.astype(np.float64), compute_uv=False)
-        return Fitted(W, W, None, "cosine", spectrum, self.name, asdict(self), seed=self.seed, report=report)
+    def fit(self, source: LabelledRows, **how: Any) -> Fitted:
+        """Train on labelled rows and return W with its history in the report.
+
+        Parameters
+        ----------
+        source
+            Labelled rows.
+        **how
+            validate, progress, observe, checkpoint, init, stop, world, free_bytes: as `train` takes them.
+
+        Raises
+        ------
+        SolverUsageError
+            The head is no single matrix: only `train` returns those.
+        """
+        if self.head != "linear":
+            raise SolverUsageError(
+                f"fit returns a W, and the head {self.head} has none. Use solvers.sgd.train and its snapshot."
+            )
+        return fitted(self, train(self, source, **how))
+
+
+def fitted(cfg: CosFace, result: TrainResult) -> Fitted:
+    """Return the W of a training run with an account of it."""
+    W = result.weights
+    assert W is not None  # noqa: S101 - fit has refused other heads
+    text = f"CosFace, {result.steps} steps; W of step {result.best_step}"
+    text += "." if result.best_map is None else f", chosen by validation mAP {result.best_map:.4f}."
+    report = make_report(
+        path="sgd",
+        statement=" ".join([text, *result.notes]),
+        requested_rank=cfg.rank,
+        effective_rank=cfg.rank,
+        history=result.history,
+        best_step=result.best_step,
+        best_map=result.best_map,
+        start_map=result.start_map,
+        steps=result.steps,
+        stopped_early=result.stopped_early,
+        seconds=result.seconds,
+        weight_init=result.weight_init,
+        notes=list(result.notes),
+    )
+    spectrum = np.linalg.svd(W.astype(np.float64), compute_uv=False)
+    return Fitted(W, W, None, "cosine", spectrum, cfg.name, asdict(cfg), seed=cfg.seed, report=report)
 
 
 def preset_paper(rank: int = 512, seed: int = 0) -> CosFace:
@@ -235,95 +275,7 @@ def preset_auto(
         per_identity=per_identity,
         steps=steps,
         validate_every=max(1, steps // 12),
+        patience=6,
         max_seconds=1.25 * budget,
         seed=seed,
     )
-
-
-def train(
-    cfg: CosFace,
-    source: LabelledRows,
-    *,
-    validate: Validate | None = None,
-    progress: Progress | None = None,
-) -> TrainResult:
-    """Train W. On a CPU the same seed, data and thread count give the same W.
-
-    Parameters
-    ----------
-    cfg
-        The recipe.
-    source
-        Labelled rows.
-    validate
-        Called with W (d, rank) at the start and every `validate_every` steps; its mAP picks the W kept.
-    progress
-        Called after every step with (step, steps, loss).
-
-    Raises
-    ------
-    DivergedError
-        If the loss is not finite; it carries the last good W.
-    """
-    import torch
-
-    check_rank(cfg.rank, source.dim)
-    labels = np.asarray(source.labels)
-    n_classes = count_classes(labels)
-    device = torch.device(_device_name(cfg.device))
-    rng = np.random.default_rng(cfg.seed)
-    start = time.perf_counter()
-    with _full_precision(torch):
-        start_name, W0 = choose_start(cfg, source, rng, validate)
-        state = State(torch, cfg, W0, start_classes(cfg, source, labels, n_classes, W0, rng), device)
-        keeper = Keeper(validate, state.weights)
-        draws = batches(labels, n_classes, cfg, rng)
-        for step in range(1, cfg.steps + 1):
-            indices = next(draws)
-            x = torch.as_tensor(np.asarray(source.gather(indices), dtype=np.float32), device=device)
-            y = torch.as_tensor(labels[indices].astype(np.int64), device=device)
-            lr = cfg.lr * schedule(step - 1, cfg)
-            loss = state.step(x, y, lr)
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"The loss of step {step} of {cfg.steps} is {loss} (learning rate {lr:.3g}). Lower the "
-                    "learning "
-                    "rate, or look for rows that are not finite; the last good W is kept on this error.",
-                    state.last_good(keeper.best),
-                )
-            if progress is not None:
-                progress(step, cfg.steps, loss)
-            late = cfg.max_seconds is not None and time.perf_counter() - start > cfg.max_seconds
-            if step % cfg.validate_every == 0 or step == cfg.steps or late:
-                keeper.see(step, loss, lr, state.weights)
-            if late:
-                break
-    return TrainResult(
-        keeper.best,
-        keeper.history,
-        keeper.best_step,
-        keeper.best_map,
-        keeper.start_map,
-        step,
-        time.perf_counter() - start,
-        start_name,
-    )
-
-
-def _device_name(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _full_precision(torch: Any) -> Iterator[None]:
-    """Switch TF32 off for the run and put it back: it would round W to 10 bits."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -8,6 +8,7 @@ by construction where both have orthonormal columns, and by the concentration of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import scipy.linalg
@@ -73,16 +74,33 @@ def map_spectrum(W: np.ndarray) -> MapSpectrum:
     SolverUsageError
         The map has no entries, or is zero: its spectrum has no direction.
     """
+    W = _checked(W)
+    left, sigma, _ = scipy.linalg.svd(W, full_matrices=False)
+    # Below this a singular value is rounding of float32 entries, and its direction is arbitrary.
+    rank = int(np.count_nonzero(sigma > max(W.shape) * EPS32 * sigma[0]))
+    return MapSpectrum(sigma, np.ascontiguousarray(left[:, :rank]), (int(W.shape[0]), int(W.shape[1])))
+
+
+def singular_values(W: np.ndarray) -> np.ndarray:
+    """Return the (min(d, m),) singular values of a map, descending, without its column space.
+
+    Raises
+    ------
+    SolverUsageError
+        As for :func:`map_spectrum`.
+    """
+    found: np.ndarray = scipy.linalg.svdvals(_checked(W))
+    return found
+
+
+def _checked(W: np.ndarray) -> np.ndarray:
     W = np.asarray(W, dtype=np.float64)
     if not W.any():
         raise SolverUsageError(
             f"The map of shape {W.shape} is zero (or empty), so its spectrum has no direction to compare. "
             "Solve W again."
         )
-    left, sigma, _ = scipy.linalg.svd(W, full_matrices=False)
-    # Below this a singular value is rounding of float32 entries, and its direction is arbitrary.
-    rank = int(np.count_nonzero(sigma > max(W.shape) * EPS32 * sigma[0]))
-    return MapSpectrum(sigma, np.ascontiguousarray(left[:, :rank]), (int(W.shape[0]), int(W.shape[1])))
+    return W
 
 
 def is_flat(sigma: np.ndarray) -> bool:
@@ -129,6 +147,7 @@ def draws_for(*shapes: tuple[int, int]) -> int:
     return int(np.clip(_WORK // columns**2, *_DRAWS))
 
 
+@lru_cache(maxsize=64)
 def random_band(a: tuple[int, int], b: tuple[int, int], *, draws: int | None = None, seed: int = 0) -> Band:
     """Return where cos φ of two independent Gaussian matrices of these shapes lies."""
     draws = draws_for(a, b) if draws is None else draws

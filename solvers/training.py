@@ -1,30 +1,43 @@
-"""The parts of a CosFace run: loss, optimiser state, schedule, identity sampler, starting points.
+"""The training loop: steps, validations, checkpoints, and all reasons to stop.
 
 torch is imported by the functions that use it, never by importing this module.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .errors import SolverUsageError
-from .gallery_maps import random_orthonormal
-from .linalg import fix_signs, orthonormalise
+from .checkpoint import Checkpoint
+from .distributed import World
+from .errors import SolverUsageError, StoppedError
+from .heads import build_head
+from .keeper import Keeper, Validate, Watch
+from .memory import check_memory
+from .rank import check_rank
+from .sampler import Loader, arrived, batches, count_classes, peculiarities, read_ahead
+from .starts import given_weights, mean_classes, random_classes, start_name, start_weights
 
 if TYPE_CHECKING:
     from .sgd import CosFace
+    from .state import Snapshot, State
 
-Validate = Callable[[np.ndarray], float]
 Progress = Callable[[int, int, float], None]
+Observe = Callable[[dict[str, Any]], None]
+Stop = Callable[[], bool]
 
 
 class LabelledRows(Protocol):
-    """Rows with class labels, read in any order."""
+    """Rows with class labels, read in any order, from another thread than the one that made them."""
 
     @property
     def dim(self) -> int:
@@ -35,7 +48,7 @@ class LabelledRows(Protocol):
         """(n,) integers 0..C-1."""
 
     def gather(self, indices: np.ndarray) -> Any:
-        """Return the rows at `indices`, (b, dim)."""
+        """Return the rows at `indices`, (b, dim): a NumPy array or torch tensor of any float dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +58,7 @@ class TrainResult:
     Attributes
     ----------
     weights
-        (d, rank) float32: the best W by validation, or the last.
+        (d, rank) float32: the best W by validation, or the last. None for a head that is no single matrix.
     history
         One dict for every validation (or every `validate_every` steps): step, loss, lr, map.
     best_step
@@ -53,10 +66,16 @@ class TrainResult:
     best_map, start_map
         Validation mAP of W and of the start, None without validation.
     steps, seconds, weight_init
-        What was run, and the start that was taken.
+        What was run, earlier runs of the same checkpoint counted, and the start that was taken.
+    snapshot
+        The head that the weights are those of.
+    stopped_early
+        "patience", "max_seconds", or None where all steps were taken.
+    notes
+        Sentences on how the data fall short of the recipe.
     """
 
-    weights: np.ndarray
+    weights: np.ndarray | None
     history: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = 0
     best_map: float | None = None
@@ -64,79 +83,9 @@ class TrainResult:
     steps: int = 0
     seconds: float = 0.0
     weight_init: str = ""
-
-
-def cosface_loss(x: Any, W: Any, classes: Any, labels: Any, scale: float, margin: float) -> Any:
-    """Return the mean CosFace loss of torch rows x (b, d), W (d, m), classes (C, m), labels (b,)."""
-    from torch.nn import functional
-
-    cosine = functional.normalize(x @ W) @ functional.normalize(classes).T
-    target = functional.one_hot(labels, classes.shape[0]).to(cosine.dtype)
-    return functional.cross_entropy(scale * (cosine - margin * target), labels)
-
-
-class State:
-    """W, class weights, optimiser and average on one device."""
-
-    def __init__(self, torch: Any, cfg: CosFace, W: np.ndarray, classes: np.ndarray, device: Any) -> None:
-        self.torch, self.cfg, self.count = torch, cfg, 0
-        self.W = torch.nn.Parameter(torch.tensor(W, device=device))
-        self.classes = torch.nn.Parameter(torch.tensor(classes, device=device))
-        self.average = self.W.detach().clone()
-        groups = [{"params": [p], "lr": 0.0} for p in (self.W, self.classes)]
-        self.units = [
-            float(p.detach().square().mean().sqrt()) if cfg.relative_lr else 1.0
-            for p in (self.W, self.classes)
-        ]
-        self.optimiser = torch.optim.Adam(groups, fused=device.type == "cpu")
-
-    def step(self, x: Any, y: Any, lr: float) -> float:
-        """Take one step; a loss that is not finite changes nothing."""
-        loss = cosface_loss(x, self.W, self.classes, y, self.cfg.scale, self.cfg.margin)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return value
-        for group, unit in zip(self.optimiser.param_groups, self.units, strict=True):
-            group["lr"] = lr * unit
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
-        self.count += 1
-        decay = min(0.9999, (1 + self.count) / (10 + self.count))
-        self.average.lerp_(self.W.detach(), 1.0 - decay)
-        return value
-
-    def last_good(self, earlier: np.ndarray) -> np.ndarray:
-        """Return the present W if it is finite, else the earlier one."""
-        W = self.weights()
-        return W if np.isfinite(W).all() else earlier
-
-    def weights(self) -> np.ndarray:
-        """Return the W that would be returned now, on the host."""
-        W = self.average if self.cfg.ema else self.W.detach()
-        return np.array(W.cpu().numpy(), dtype=np.float32)
-
-
-class Keeper:
-    """Keeps the best W by validation, or the latest finite one."""
-
-    def __init__(self, validate: Validate | None, weights: Callable[[], np.ndarray]) -> None:
-        self.validate = validate
-        self.best, self.best_step = weights(), 0
-        self.start_map = None if validate is None else float(validate(self.best))
-        self.best_map = self.start_map
-        self.history: list[dict[str, Any]] = [{"step": 0, "loss": None, "lr": 0.0, "map": self.start_map}]
-
-    def see(self, step: int, loss: float, lr: float, weights: Callable[[], np.ndarray]) -> None:
-        """Judge the present W."""
-        W = weights()
-        if not np.isfinite(W).all():
-            return
-        score = None if self.validate is None else float(self.validate(W))
-        self.history.append({"step": step, "loss": loss, "lr": lr, "map": score})
-        # Among equals the later one: where validation is saturated, the W that was trained.
-        if score is None or self.best_map is None or score >= self.best_map:
-            self.best, self.best_step, self.best_map = W, step, score
+    snapshot: Snapshot | None = None
+    stopped_early: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def schedule(step: int, cfg: CosFace) -> float:
@@ -149,99 +98,308 @@ def schedule(step: int, cfg: CosFace) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (at - cfg.flat) / (1.0 - cfg.flat)))
 
 
-def batches(
-    labels: np.ndarray, n_classes: int, cfg: CosFace, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Yield row indices of P identities x K rows; every identity once before any comes again."""
-    order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], np.arange(n_classes + 1))
-    p, k = min(cfg.batch_identities, n_classes), cfg.per_identity
-    queue = np.zeros(0, dtype=np.int64)
-    while True:
-        if len(queue) < p:
-            # A class left over from the last round is not drawn twice into one batch.
-            fresh = rng.permutation(n_classes)
-            late = np.isin(fresh, queue)
-            queue = np.concatenate([queue, fresh[~late], fresh[late]])
-        chosen, queue = queue[:p], queue[p:]
-        rows = []
-        for c in chosen:
-            members = order[starts[c] : starts[c + 1]]
-            rows.append(rng.choice(members, size=k, replace=len(members) < k))
-        yield np.concatenate(rows)
-
-
-def start_classes(
+def train(
     cfg: CosFace,
     source: LabelledRows,
-    labels: np.ndarray,
-    n_classes: int,
-    W: np.ndarray,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Return the class weights that training starts from, (C, rank)."""
-    noise = rng.standard_normal((n_classes, cfg.rank)).astype(np.float32) / np.float32(math.sqrt(cfg.rank))
-    if cfg.class_init == "random":
-        return noise
-    sums = np.zeros((n_classes, cfg.rank), dtype=np.float32)
-    for at in range(0, len(labels), 2048):
-        rows = np.arange(at, min(at + 2048, len(labels)))
-        y = np.asarray(source.gather(rows), dtype=np.float32) @ W
-        y /= np.maximum(np.linalg.norm(y, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        np.add.at(sums, labels[rows], y)
-    norm = np.linalg.norm(sums, axis=1, keepdims=True)
-    return np.where(norm > 0, sums / np.where(norm > 0, norm, 1), noise).astype(np.float32)
+    *,
+    validate: Validate | None = None,
+    progress: Progress | None = None,
+    observe: Observe | None = None,
+    checkpoint: Checkpoint | None = None,
+    init: np.ndarray | None = None,
+    stop: Stop | None = None,
+    world: World | None = None,
+    free_bytes: int | None = None,
+) -> TrainResult:
+    """Train W. On a CPU the same seed, data and thread count give the same W, interrupted or not.
+
+    Parameters
+    ----------
+    cfg
+        The recipe.
+    source
+        Labelled rows; one batch is read ahead, in a thread.
+    validate
+        Called with a `Snapshot` at the start and every `validate_every` steps; its mAP picks the W kept.
+    progress
+        Called after every step with (step, steps, loss); on a GPU the loss is the last that was looked at.
+    observe
+        Called at every validation with a dict: step, loss, lr, map, best_map, best_step, seconds and
+        rows_per_second.
+    checkpoint
+        Where the run is kept, and gone on from when it was interrupted.
+    init
+        (d, rank): W starts there, and class weights at the means of their rows.
+    stop
+        Asked between steps; True saves the checkpoint and ends the run.
+    world
+        The processes that share the work; the batch is that of one process alone.
+    free_bytes
+        Memory that may be used; by default what is free on the device.
+
+    Raises
+    ------
+    DivergedError
+        The loss is not finite; it carries the last good W.
+    StoppedError
+        `stop` said so.
+    BadRowsError, SolverMemoryError, CheckpointError, SolverUsageError
+        Rows, sizes, a checkpoint or a request that cannot be used; before the first step.
+    """
+    check_rank(cfg.rank, source.dim)
+    world = World(device=_device_name(cfg.device)) if world is None else world
+    run = Run(cfg, source, world, validate, checkpoint, init)
+    check_memory(cfg, run.n_classes, source.dim, device=world.device, free=free_bytes)
+    from .state import products
+
+    with products(cfg.precision):
+        run.begin()
+        reason = _take_steps(run, progress, observe, stop)
+    return run.result(reason)
 
 
-def choose_start(
-    cfg: CosFace, source: LabelledRows, rng: np.random.Generator, validate: Validate | None
-) -> tuple[str, np.ndarray]:
-    """Return the name of the start and its W: the configured one, or the better by validation."""
-    if cfg.weight_init != "auto":
-        return cfg.weight_init, start_weights(cfg.weight_init, cfg, source, rng)
-    if validate is None:
-        return "principal", start_weights("principal", cfg, source, rng)
-    starts = {name: start_weights(name, cfg, source, rng) for name in ("principal", "random")}
-    scores = {name: float(validate(W)) for name, W in starts.items()}
-    best = max(scores, key=lambda name: scores[name])
-    return best, starts[best]
+def _take_steps(
+    run: Run, progress: Progress | None, observe: Observe | None, stop: Stop | None
+) -> str | None:
+    """Take the steps still to come; return why they ended early, None if they did not."""
+    cfg, state, keeper = run.cfg, run.state, run.keeper
+    watch, pace = Watch(cfg, state, keeper), Pace(run)
+    reader = read_ahead(run.batches(), Loader(run.source, run.labels, run.world.device))
+    with closing(reader):
+        for step, batch in enumerate(reader, start=run.taken + 1):
+            if run.out_of_patience:
+                return "patience"
+            x, labels = arrived(batch)
+            lr = cfg.lr * schedule(step - 1, cfg)
+            watch.add(step, lr, state.step(x, labels, lr))
+            run.taken = step
+            if progress is not None and run.world.leads:
+                progress(step, cfg.steps, watch.loss)
+            late, asked = run.decide(stop) if watch.fresh or run.world.size == 1 else (False, False)
+            if step % cfg.validate_every == 0 or step == cfg.steps or late:
+                keeper.see(state.snapshot(step), watch.look(), lr)
+                pace.report(observe)
+            if late and step < cfg.steps:
+                return "max_seconds"
+            if run.checkpoint is not None and (asked or run.checkpoint.due(step)):
+                watch.look()
+                run.save()
+            if asked and step < cfg.steps:
+                raise StoppedError(
+                    f"Training was stopped after step {step} of {cfg.steps}. "
+                    + ("Run the same again to go on." if run.checkpoint else "Nothing of it was kept."),
+                    step,
+                    watch.last_good().weights,
+                )
+    return None
 
 
-def start_weights(name: str, cfg: CosFace, source: LabelledRows, rng: np.random.Generator) -> np.ndarray:
-    """Return the start called "principal" or "random", orthonormal columns (d, rank)."""
-    d, m = source.dim, cfg.rank
-    if name == "random":
-        return random_orthonormal(d, m, cfg.seed).astype(np.float32)
-    # Top right singular vectors by randomised subspace iteration; uncentred, because W has no centre.
-    n = len(source.labels)
-    chosen = np.sort(rng.choice(n, size=min(n, 8192), replace=False))
-    rows = np.concatenate(
-        [
-            np.asarray(source.gather(chosen[i : i + 1024]), dtype=np.float32)
-            for i in range(0, len(chosen), 1024)
-        ]
-    )
-    basis = rng.standard_normal((d, min(m + 16, d))).astype(np.float32)
-    for _ in range(3):
-        basis = orthonormalise(rows.T @ (rows @ basis))
-    inside = (rows @ basis).astype(np.float64)
-    turn = np.linalg.eigh(inside.T @ inside)[1][:, ::-1]
-    # Made orthonormal again in float64: few rows leave columns that float32 left nearly parallel.
-    return fix_signs(orthonormalise(basis.astype(np.float64) @ turn))[:, :m].astype(np.float32)
+class Run:
+    """One training run: what it was given, and what it has come to.
 
+    Attributes
+    ----------
+    taken
+        Steps that were taken, those of earlier runs counted.
+    earlier
+        Seconds that earlier runs took.
+    """
 
-def count_classes(labels: np.ndarray) -> int:
-    """Return the number of classes, refusing fewer than two or labels that are not 0..C-1."""
-    found = np.unique(labels)
-    if labels.ndim != 1 or len(found) < 2:
-        raise SolverUsageError(
-            f"CosFace tells identities apart and needs at least 2 of them; there are {len(found)}. "
-            "Use the method analytic, which needs the collection alone."
+    def __init__(
+        self,
+        cfg: CosFace,
+        source: LabelledRows,
+        world: World,
+        validate: Validate | None,
+        checkpoint: Checkpoint | None,
+        init: np.ndarray | None,
+    ) -> None:
+        self.cfg, self.source, self.world = cfg, source, world
+        self.labels = np.asarray(source.labels)
+        self.n_classes = count_classes(self.labels)
+        self.share = world.share(min(cfg.batch_identities, self.n_classes), "identities")
+        rows = (self.share.stop - self.share.start) * cfg.per_identity
+        if cfg.accumulate > rows:
+            raise SolverUsageError(
+                f"A process has {rows} rows of a batch and cannot compute them in {cfg.accumulate} parts. "
+                "Lower accumulate."
+            )
+        self.checkpoint, self.init = checkpoint, init
+        self.keeper = Keeper(validate, world)
+        self.started, self.earlier, self.taken = time.perf_counter(), 0.0, 0
+        self.weight_init = start_name(cfg, init)
+        self.state: State
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether validation has not become better for as long as the recipe waits."""
+        return self.cfg.patience is not None and self.keeper.waited >= self.cfg.patience
+
+    def decide(self, stop: Stop | None) -> tuple[bool, bool]:
+        """Return whether the time is up and whether to stop, as the leader sees it."""
+        limit = self.cfg.max_seconds
+        late = limit is not None and self.seconds > limit
+        late, asked = self.world.agree((late, stop is not None and stop()))
+        return late, asked
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this run and of those before it."""
+        return self.earlier + time.perf_counter() - self.started
+
+    def begin(self) -> None:
+        """Go on from the checkpoint, or start."""
+        held = self.checkpoint.load(self._recipe()) if self.checkpoint and self.world.leads else None
+        held = self.world.agree(held)
+        if held is None:
+            self._start()
+        else:
+            self._resume(*held)
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yield this process's rows of every batch still to come."""
+        draws = batches(self.labels, self.n_classes, self.cfg, done=self.taken)
+        k = self.cfg.per_identity
+        for rows in islice(draws, self.cfg.steps - self.taken):
+            yield rows[self.share.start * k : self.share.stop * k]
+
+    def save(self) -> None:
+        """Write the checkpoint; weights that are not finite are not kept."""
+        if self.checkpoint is None or not (self.world.leads and self.state.finite()):
+            return
+        best = {f"best.{name}": p.cpu().numpy() for name, p in self.keeper.best.head.named_parameters()}
+        words = {
+            "taken": self.taken,
+            "seconds": self.seconds,
+            "units": self.state.units,
+            "weight_init": self.weight_init,
+            "keeper": self.keeper.state(),
+        }
+        self.checkpoint.save(self.state.tensors() | best, words, self._recipe())
+
+    def result(self, stopped_early: str | None) -> TrainResult:
+        """Return what the run has come to."""
+        best = self.keeper.best
+        return TrainResult(
+            best.weights,
+            self.keeper.history,
+            best.step,
+            self.keeper.best_map,
+            self.keeper.start_map,
+            self.taken,
+            self.seconds,
+            self.weight_init,
+            best,
+            stopped_early,
+            peculiarities(self.labels, self.cfg),
         )
-    if not np.array_equal(found, np.arange(len(found))):
-        raise SolverUsageError(
-            f"Labels must be 0..C-1, every class with a row; {len(found)} classes run from {found[0]} to "
-            f"{found[-1]}. "
-            "Number them with numpy.unique(..., return_inverse=True)."
+
+    def _recipe(self) -> dict[str, Any]:
+        """Return what a checkpoint must have been made with to be gone on from."""
+        init = None if self.init is None else f"{zlib.crc32(np.ascontiguousarray(self.init).data):08x}"
+        rows = {"identities": self.n_classes, "rows": len(self.labels), "dim": self.source.dim}
+        return asdict(self.cfg) | rows | {"init": init}
+
+    def _head(self) -> Any:
+        cfg = self.cfg
+        return build_head(
+            cfg.head,
+            self.source.dim,
+            cfg.rank,
+            latent_shape=cfg.latent_shape,
+            layers=cfg.layers,
+            seed=cfg.seed,
         )
-    return len(found)
+
+    def _start(self) -> None:
+        from .state import Snapshot, State
+
+        head = self._head().to(self.world.device)
+        classes = np.zeros((self.n_classes, self.cfg.rank), dtype=np.float32)
+        score = None
+        if self.world.leads:
+            rng = np.random.default_rng(self.cfg.seed)
+            score = self._place(head, rng)
+            classes = random_classes(self.cfg, self.n_classes, rng)
+            # Random class weights would soon undo a W that was given.
+            if self.cfg.class_init == "means" or self.init is not None:
+                classes = mean_classes(classes, self.source, self.labels, Snapshot(head, 0).embed)
+        self.weight_init, score = self.world.agree((self.weight_init, score))
+        self.state = State(self.cfg, head, classes, self.world)
+        start = self.state.snapshot(0)
+        self.keeper.begin(start, self.keeper.score(start) if score is None else score)
+
+    def _place(self, head: Any, rng: np.random.Generator) -> float | None:
+        """Set W to the start asked for, or to the better by validation; return its score, if judged."""
+        import torch
+
+        from .state import Snapshot
+
+        if self.weight_init == "seeded":
+            return None
+        names, validate = [self.weight_init], self.keeper.validate
+        if self.weight_init == "auto":
+            names = ["principal"] if validate is None else ["principal", "random"]
+        starts = {name: self._start_weights(name, rng) for name in names}
+        scores: dict[str, float] = {}
+        for name, W in starts.items():
+            with torch.no_grad():
+                head.weight.copy_(torch.tensor(W))
+            if validate is not None and len(starts) > 1:
+                scores[name] = float(validate(Snapshot(copy.deepcopy(head), 0)))
+        self.weight_init = max(scores, key=lambda name: scores[name]) if scores else names[0]
+        with torch.no_grad():
+            head.weight.copy_(torch.tensor(starts[self.weight_init]))
+        return scores.get(self.weight_init)
+
+    def _start_weights(self, name: str, rng: np.random.Generator) -> np.ndarray:
+        if name == "init":
+            assert self.init is not None  # noqa: S101 - only then has the start this name
+            return given_weights(self.init, self.source.dim, self.cfg.rank)
+        return start_weights(name, self.cfg, self.source, rng)
+
+    def _resume(self, tensors: Mapping[str, np.ndarray], words: Mapping[str, Any]) -> None:
+        from .state import State
+
+        classes = np.zeros((self.n_classes, self.cfg.rank), dtype=np.float32)
+        self.state = State(self.cfg, self._head(), classes, self.world)
+        try:
+            self.taken, self.earlier = int(words["taken"]), float(words["seconds"])
+            self.weight_init = str(words["weight_init"])
+            self.state.load(tensors, self.taken, words["units"])
+            step = int(words["keeper"]["best_step"])
+            self.keeper.load(words["keeper"], self.state.restored(tensors, "best.", step))
+        except (KeyError, ValueError, TypeError) as error:
+            assert self.checkpoint is not None  # noqa: S101 - it is where the tensors come from
+            raise self.checkpoint.damaged(f"it does not hold what this recipe trains ({error})") from error
+
+
+class Pace:
+    """Rows a second between validations, and what is told of a run at each."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.step, self.time = run, run.taken, time.perf_counter()
+
+    def report(self, observe: Observe | None) -> None:
+        """Tell what the last validation found, and begin to count again."""
+        run, keeper = self.run, self.run.keeper
+        rows = min(run.cfg.batch_identities, run.n_classes) * run.cfg.per_identity * (run.taken - self.step)
+        if observe is not None and run.world.leads:
+            observe(
+                {
+                    **keeper.history[-1],
+                    "best_map": keeper.best_map,
+                    "best_step": keeper.best.step,
+                    "seconds": run.seconds,
+                    "rows_per_second": rows / (time.perf_counter() - self.time),
+                }
+            )
+        self.step, self.time = run.taken, time.perf_counter()
+
+
+def _device_name(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from typer.testing import CliRunner
 
+from cli.app import app
 from cli.workflows import run_encode
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -46,3 +49,16 @@ def pair_store(
     listed.write_text("\n".join(lines) + "\n")
     run_encode(folder, folder / name, manifest=listed, image_size=32)
     return folder / name
+
+
+def solve(*words: Any, code: int = 0, method: str = "cosface") -> Any:
+    done = CliRunner().invoke(app, ["solve", "--method", method, *map(str, words)])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+def paragraph(done: Any) -> str:
+    """The one paragraph of a failure, without the lines that came before it."""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    return last

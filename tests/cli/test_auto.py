@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from cli_helpers import SPLITS, pair_store, picture
 from typer.testing import CliRunner
 
-from cli import auto, choosing, knobs, measure, solving
+from cli import auto, choosing, knobs, measure, render_auto, solving
 from cli.app import app
 from cli.collection import Collection
+from cli.render import percent
 from latentstore.results import load
 from solvers.methods import METHODS
 from solvers.projection import Projection
@@ -88,7 +90,7 @@ def test_the_margin_over_the_best_control_is_on_test_with_an_interval(
     assert any(s.startswith(best["label"]) for s in stand)
 
 
-def test_the_text_holds_the_table_and_a_line_for_each_fit(answer: tuple[Any, Path]) -> None:
+def test_the_text_holds_the_table_and_a_line_for_each_method(answer: tuple[Any, Path]) -> None:
     report = load(answer[1].with_suffix(".results.json"))
     tried, text = report.data["tried"], answer[0].stdout
     assert f"{len(tried)} maps were tried on 24 validation queries" in text
@@ -97,8 +99,9 @@ def test_the_text_holds_the_table_and_a_line_for_each_fit(answer: tuple[Any, Pat
     assert text.count(" *") == 1
     lines = [line for line in answer[0].stderr.splitlines() if line.startswith("auto: ")]
     fits = {(row["label"], json.dumps(row["knobs"])) for row in tried}
-    assert len(lines) == len(fits)
-    assert lines[0].startswith(f"auto: 1 of {len(fits)}, raw: validation mAP ")
+    assert len(lines) == len({row["label"] for row in tried})
+    assert lines[0].startswith(f"auto: 1 of {len(fits)} fits, raw: validation mAP ")
+    assert lines[-1].startswith(f"auto: {len(fits)} of {len(fits)} fits, ")
     assert all("s left" in line for line in lines)
 
 
@@ -107,6 +110,8 @@ def test_where_raw_cannot_be_beaten_the_answer_is_raw(tmp_path: Path) -> None:
     easy = pair_store(tmp_path, 0.02)
     said = solve("--store", easy, "--rank", "16", "--out", tmp_path / "W.safetensors")
     assert "no W was better than the controls: the answer is the control raw" in said.stdout
+    assert "numerical rank" not in said.stdout, "raw learned nothing from T"
+    assert "‖TW‖" not in said.stdout
     W = Projection.load(tmp_path / "W.safetensors")
     assert W.method == "identity"
     assert np.array_equal(W.query_map, np.eye(64))
@@ -141,7 +146,9 @@ def test_a_collection_without_pairs_tries_what_needs_none(tmp_path: Path) -> Non
 def test_without_queries_it_is_the_analytic_map_and_says_so(tmp_path: Path) -> None:
     alone = pair_store(tmp_path, 0.6, splits=())
     said = solve("--store", alone, "--out", tmp_path / "W.safetensors").stdout
-    assert "no validation queries to choose on" in said
+    assert said.count("no validation queries to choose on") == 1
+    assert "Nothing was tried" not in said
+    assert "PCA-whitened" not in said, "no figure of a control is there to beware of"
     assert "Not measured" in said
     W = Projection.load(tmp_path / "W.safetensors")
     assert (W.method, W.knobs["alpha_bar"], W.score) == ("analytic", 0.1, "cosine")
@@ -162,6 +169,20 @@ def test_methods_that_these_pairs_are_not_for_are_left_out_and_named(here: Path)
     said = solve("--store", "same.zarr", "--rank", "16")
     assert "gnull was left out: All 48 differences are zero" in said.stdout
     assert Projection.load("W-auto.safetensors").method == "identity"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_table_is_as_wide_as_the_terminal_and_loses_nothing(
+    answer: tuple[Any, Path], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    choices = load(answer[1].with_suffix(".results.json")).data["tried"]
+    shown = render_auto.tried(choices)
+    assert max(map(len, shown.splitlines())) <= columns
+    cells = Counter(word for line in shown.splitlines() for word in line.split())
+    for value, n in Counter(percent(row["map"]) for row in choices).items():
+        assert cells[value] >= n
+    assert cells["*"] == 1
 
 
 def test_cosface_is_tried_when_asked_for(store: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cli.app import app
 from cli.collection import Collection
-from cli.likeness import cosine, span
+from cli.likeness import cosine, gap
 from cli.refitting import jackknife_error
 from latentstore.report.plots import PAPER
 from latentstore.results import load
@@ -67,7 +67,7 @@ def test_the_control_is_said_first_and_stands_beside_every_pair(
         assert band.interval[0] < band.value < band.interval[1]
         assert figure.interval is None  # a file is one fit: no ± of its own
     # "Of 10, 1 is by construction": the rest is outside but the Gaussian pair.
-    assert report.summary[1].startswith("Of 10 comparisons, 8 lie outside the random band, 1 inside, and 1 ")
+    assert report.summary[1].startswith("Of 10 comparisons: 8 outside the random band, 1 inside, 1 at 1 ")
     assert {c.plot for c in report.curves} == {"spectrum", "principal angles"}
     assert [c.label for c in report.curves if c.role == "control"] == [f"Gaussian {D} × {M}"]
 
@@ -183,10 +183,13 @@ def test_cross_residuals_stand_beside_a_random_subspace(pairs: str) -> None:
     )
 
 
-def test_svd_is_said_to_be_one_by_construction(pairs: str) -> None:
-    text = said("--store", pairs, "--rank", "8", "--repeats", "2", "--method", "svd")
-    assert "blur × noise, resampled: cos φ = 1 over 2 fits, 1 by construction" in text
-    assert "lie outside the random band, 0 inside, and 3 are 1 by construction" in text
+@pytest.mark.parametrize("method", ["svd", "procrustes"])
+def test_what_is_one_by_construction_is_said_to_be_so_and_not_fitted_again(pairs: str, method: str) -> None:
+    text = said("--store", pairs, "--rank", "8", "--repeats", "2", "--method", method)
+    assert "blur × noise: cos φ = 1 (1 − cos φ = 0), 1 by construction" in text
+    assert "Of 1 comparison: 0 outside the random band, 0 inside, 1 at 1 by construction." in text
+    assert f"± is left out: every W of {method} has orthonormal columns" in text
+    assert "resampled" not in text
 
 
 def test_refits_that_say_nothing_are_refused(pairs: str, here: Path) -> None:
@@ -203,12 +206,41 @@ def test_refits_that_say_nothing_are_refused(pairs: str, here: Path) -> None:
 
 
 def test_cosines_near_one_are_told_from_their_band() -> None:
-    assert cosine(0.5) == "0.500000"
-    assert cosine(1 - 2.5e-6) == "1 − 2.50e-06"
-    assert cosine(1 - 2.5e-6) != cosine(1 - 2.6e-6), "eight digits would tell them apart no more"
+    assert (cosine(0.5), gap(0.5)) == ("0.500000", "5.00e-01")
+    assert (cosine(1 - 2.5e-6), gap(1 - 2.5e-6)) == ("0.99999750", "2.50e-06")
+    assert cosine(1 - 2.51e-6) != cosine(1 - 2.52e-6), "six digits would tell them apart no more"
     assert cosine(1.0) == cosine(1 + 2e-16) == "1"
-    assert span(0.5, 0.9) == "0.500000 to 0.900000"
-    assert span(1 - 3e-4, 1 - 2e-5) == "1 − 3.00e-04 to 1 − 2.00e-05"
+    assert gap(1.0) == gap(1 + 2e-16) == "0"
+
+
+def test_models_stand_beside_models_as_in_the_papers_table_and_fit_a_terminal(pairs: str) -> None:
+    text = said("--store", pairs, "--rank", "8", "--jackknife", "3", "--plot", "p.png")
+    table = text[text.index("\n  cos φ ") + 1 :].splitlines()
+    assert table[0].split() == ["cos", "φ", "blur", "noise"]
+    assert table[2].split()[0] == "blur"
+    assert len(table[2].split()) == 3
+    assert table[3].split()[0] == "±"
+    assert table[4].split()[0] == "noise"
+    assert len(table[4].split()) == 2
+    assert "SDXL 0.995790 ± 0.000037" in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("  ")) <= 80
+    # Two files are no models of a store: nothing of the paper's stands beside them.
+    two = [save(f"{i}.safetensors", np.eye(D)[:, i : i + 2]) for i in (1, 2)]
+    assert "SDXL" not in said(*two)
+
+
+def test_one_model_has_no_plus_minus_and_the_reader_is_told_where_it_would_stand(
+    pairs: str, here: Path
+) -> None:
+    lines = (here / "list.csv").read_text().splitlines()
+    (here / "one.csv").write_text("\n".join(x for x in lines if not x.endswith(",noise")) + "\n")
+    done = CliRunner().invoke(
+        app, ["encode", "--manifest", "one.csv", "--store", "one.zarr", "--image-size", "32"]
+    )
+    assert done.exit_code == 0, done.output
+    text = said("--store", "one.zarr", "--rank", "8", "--jackknife", "3")
+    assert text.count("± is left out: with one model there are no two spectra to compare.") == 1
+    assert "Of 1 comparison: " in text
 
 
 def test_the_plot_shows_every_map_beside_gaussian_matrices(files: dict[str, str], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from solvers.spectrum import fit_spectrum
 
 CLOSED = [name for name, method in METHODS.items() if not method.needs_torch]
 ABOUT_THE_RUN = {"method", "rank", "store", "out", "queries", "simulated", "with_cosface", "json_"}
+ABOUT_THE_RUN |= {"init", "latents", "log", "plot", "fresh", "checkpoint_every"}
 
 
 def solve(*words: str | Path, code: int = 0) -> str:
@@ -58,7 +59,7 @@ def test_a_method_takes_its_own_knobs_and_refuses_all_others() -> None:
     for method in CLOSED:
         for knob in every:
             default = getattr(METHODS[knobs.owners(knob)[0]], knob)
-            value = 0.5 if default is None else default
+            value = (4, 4, 4) if knob == "latent_shape" else 0.5 if default is None else default
             if knob in knobs.fields(method):
                 assert knobs.SolveOptions.of(method, **{knob: value}).knobs == {knob: value}
             else:

@@ -12,12 +12,14 @@ from cli_helpers import picture
 from PIL import Image, ImageFilter
 from typer.testing import CliRunner
 
-from cli import sweeping
+from cli import measure, sweeping
 from cli.app import app
+from cli.collection import Collection
 from latentstore import results
 
 RANKS = (4, 16, 40)
-CONTROLS = {"raw", "centred", "PCA-whitened ¼", "PCA-whitened ½"}
+LEVELS, LADDERS = {"raw", "centred", "norm-weighted"}, {"PCA-whitened ¼", "PCA-whitened ½", "random subspace"}
+CONTROLS = LEVELS | LADDERS
 SPLITS = {"train": range(60), "validation": range(60, 90), "test": range(90, 120)}
 
 
@@ -85,12 +87,15 @@ def test_the_csv_has_every_rank_and_control_of_every_group(svd: tuple[str, Path]
     for group in groups:
         here = [r for r in tested if r["group"] == group]
         assert [int(r["rank"]) for r in here if r["method"] == "svd"] == list(RANKS)
-        assert {r["method"] for r in here} == {"svd"} | CONTROLS
-        for name in ("PCA-whitened ¼", "PCA-whitened ½"):
+        assert {r["method"] for r in here} == {"svd", "chance"} | CONTROLS
+        for name in LADDERS:
             assert set(RANKS) <= {int(r["rank"]) for r in here if r["method"] == name}
-        assert {r["rank"] for r in here if r["method"] in ("raw", "centred")} == {"256"}
+        assert {r["rank"] for r in here if r["method"] in LEVELS} == {"256"}
+        # The gallery of 120 origins: 1/k is as likely for every place k.
+        (chance,) = (r for r in here if r["method"] == "chance")
+        assert float(chance["mAP"]) == pytest.approx(sum(1 / k for k in range(1, 121)) / 120, rel=1e-12)
     assert {r["n"] for r in tested} == {"60", "30"}
-    for r in rows:
+    for r in (r for r in rows if r["method"] != "chance"):
         assert 0 <= float(r["lower"]) <= float(r["mAP"]) <= float(r["upper"]) <= 1
         assert 0 <= float(r["Acc"]) <= float(r["mAP"]) + 1e-12, "a first place alone gives so much mAP"
 
@@ -119,11 +124,15 @@ def test_text_table_plot_and_json_tell_the_same(svd: tuple[str, Path]) -> None:
     assert report.kind == "sweep"
     assert report.settings["ranks"] == list(RANKS)
     assert report.settings["dropped ranks"] == [999]
-    assert "Dropped ranks: 999" in said
+    assert "Dropped ranks: 999. These latents have 256 values" in said
     for group in ("translations", "model A, seen in training", "model B, unseen in training"):
         assert f"  {group}: " in said
         own = [c for c in report.curves if c.plot.endswith(group)]
-        assert {c.label for c in own} == {"svd"} | CONTROLS
+        assert {c.label for c in own} == {"svd", "chance"} | CONTROLS
+        wide = {x for c in own for x in c.x}
+        for level in (c for c in own if c.label in LEVELS | {"chance"}):
+            assert level.x == [min(wide), max(wide)], "a level is drawn over the whole width"
+            assert len(set(level.y)) == 1
         curve = next(c for c in own if c.label == "svd")
         wanted = [
             float(r["mAP"])
@@ -135,7 +144,7 @@ def test_text_table_plot_and_json_tell_the_same(svd: tuple[str, Path]) -> None:
     with Image.open(out.with_suffix(".png")) as image:
         colours = image.convert("RGB").getcolors(image.width * image.height)
         assert colours is not None
-        assert len(colours) > 5, "five lines are drawn"
+        assert len(colours) > 8, "eight lines are drawn"
 
 
 def test_json_is_the_report(store: Path) -> None:
@@ -147,7 +156,7 @@ def test_json_is_the_report(store: Path) -> None:
 def test_every_row_is_what_solve_at_that_rank_reports(method: str, store: Path, tmp_path: Path) -> None:
     """One fit, cut: the same figures as a fit of each rank, its ridge chosen on validation included."""
     out = tmp_path / "cut.csv"
-    invoke("sweep", "--method", method, "--ranks", "4,16,40", "--store", store, "--out", out)
+    invoke("sweep", "--method", method, "--ranks", "4,40", "--store", store, "--out", out)
     knobs = results.load(out.with_suffix(".results.json")).settings["knobs"]
     for r in read(out):
         if (r["method"], r["split"], r["group"]) == (method, "test", "translations"):
@@ -208,10 +217,38 @@ def test_the_rank_is_chosen_on_validation_and_not_on_test(store: Path) -> None:
 
 def test_ranks_above_what_the_gallery_spans_are_dropped_and_said_to_be(store: Path) -> None:
     said = invoke("sweep", "--method", "pca", "--ranks", "16,200", "--store", store)
-    assert "Dropped ranks: 200" in said
+    assert "Dropped ranks: 200. pca finds fewer directions" in said
     assert "None of the ranks 200, 999" in invoke(
         "sweep", "--method", "pca", "--ranks", "200,999", "--store", store, code=2
     )
+
+
+@pytest.mark.parametrize(("method", "top"), [("svd", 256), ("pca", 119)])
+def test_default_ranks_end_with_the_largest_that_there_is(method: str, top: int, store: Path) -> None:
+    """The dimension, or what 120 centred rows span; nothing that nobody asked for is called dropped."""
+    swept = sweeping.sweep(store, method)
+    powers = [k for k in (16, 32, 64, 128) if k < top]
+    assert swept.report.settings["ranks"] == [*powers, top]
+    assert not swept.report.settings["dropped ranks"]
+    assert not any("Dropped" in caveat for caveat in swept.report.caveats)
+
+
+def test_a_random_subspace_is_never_the_best_control(store: Path) -> None:
+    """At any of its ranks: it is to be beaten, even where it is ahead of every other control."""
+    collection = Collection.open(store)
+    found = measure.fit_controls(collection, 40)
+    poor, good = found["PCA-whitened ¼"].truncated(1), found["raw"]
+    done = measure.evaluate(
+        collection,
+        collection.queries("test"),
+        {"svd": good},
+        {"raw": poor, "random subspace @256": good},
+        every_rank=True,
+    )
+    assert (
+        done.rankings["random subspace @256", "translations"].map > done.rankings["raw", "translations"].map
+    )
+    assert done.methods[0].best_control == "raw"
 
 
 def test_default_ranks_double_up_to_the_dimension() -> None:

@@ -56,6 +56,7 @@ def test_without_a_store_lemma_1_and_planted_pairs_are_checked(planted: tuple[st
     assert "one step" in text
     assert "Slips of the print" in text
     assert "Table 4 was not taken" in text
+    assert "wrong pairs held-out translations move less than through a random subspace (planted: both" in text
 
 
 def test_the_theorems_hold_where_planted_and_fail_beside_it(planted: tuple[str, Report]) -> None:
@@ -170,6 +171,18 @@ def test_table_4_for_two_autoencoders_and_another_seed(here: Path, planted: tupl
     assert drawn[0] != pytest.approx(drawn[1], rel=1e-3)
 
 
+def test_pairs_of_one_origin_are_refused(here: Path) -> None:
+    for name in "abc":
+        picture(ord(name), 32).save(f"{name}.png")
+    Path("list.csv").write_text(
+        "path,identity,role,split\na.png,a,origin,train\nb.png,b,origin,train\nc.png,a,translation,train\n"
+    )
+    ran("encode", "--manifest", "list.csv", "--image-size", "32", "--store", "one.zarr")
+    text = ran("theory", "--store", "one.zarr", code=1)
+    assert "holds 1 training pair of one origin" in text
+    assert "at least two origins" in text
+
+
 def test_what_cannot_be_checked_is_refused(here: Path) -> None:
     ran("encode", "images", "--image-size", "32")
     text = ran("theory", "--store", "latents.zarr", code=1)
@@ -179,7 +192,7 @@ def test_what_cannot_be_checked_is_refused(here: Path) -> None:
     assert "add --store" in ran("theory", "--rank", "8", code=2).lower()
     ran("simulate", "--out", "pairs.zarr")
     assert "dimension 64, not 65" in ran("theory", "--store", "pairs.zarr", "--rank", "65", code=2)
-    assert "--vae was given 1 times" in ran("theory", "--vae", "images", code=2)
+    assert "--vae was given 1 time." in ran("theory", "--vae", "images", code=2)
     assert "There is no pipeline folder nowhere" in ran("theory", "--pipeline", "nowhere", code=2)
     Path("broken").mkdir()
     Path("broken/a.jpg").write_bytes(b"no picture")

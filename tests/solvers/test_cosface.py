@@ -1,48 +1,35 @@
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from solver_worlds import gaussian, orthonormal
+from solver_worlds import STEEP, gaussian, orthonormal
 
-from solvers.errors import DivergedError, SolverUsageError
-from solvers.metrics import average_precision
+from solvers.closed import GeneralisedNull, Identity, PairData
+from solvers.distributed import World
+from solvers.errors import BadRowsError, DivergedError, SolverMemoryError, SolverUsageError, StoppedError
+from solvers.heads import build_head
+from solvers.keeper import Keeper, Watch
+from solvers.memory import bytes_needed
+from solvers.metrics import average_precision, paired_bootstrap
 from solvers.projection import Projection
-from solvers.sgd import ArraySource, CosFace, cosface_loss, preset_auto, preset_paper, train
-from solvers.training import batches, schedule, start_weights
+from solvers.sampler import batches, read_ahead
+from solvers.sgd import ArraySource, CosFace, preset_auto, preset_paper, train
+from solvers.starts import given_weights, start_weights
+from solvers.state import State
+from solvers.training import schedule
 
 D = 96
 
 
-def _numpy_loss_and_gradients(x, W, C, labels, scale, margin):
-    """CosFace in float64 NumPy, gradients derived by hand through both normalisations."""
-    y = x @ W
-    y_norm, c_norm = (np.linalg.norm(a, axis=1, keepdims=True) for a in (y, C))
-    u, v = y / y_norm, C / c_norm
-    hot = np.eye(len(C))[labels]
-    logits = scale * (u @ v.T - margin * hot)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    p = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
-    loss = -np.log(p[hot.astype(bool)]).mean()
-    d_cos = scale * (p - hot) / len(x)
-    d_u, d_v = d_cos @ v, d_cos.T @ u
-    d_y = (d_u - u * (u * d_u).sum(axis=1, keepdims=True)) / y_norm
-    d_c = (d_v - v * (v * d_v).sum(axis=1, keepdims=True)) / c_norm
-    return loss, x.T @ d_y, d_c
-
-
-@pytest.mark.parametrize(("scale", "margin"), [(64.0, 0.35), (8.0, 0.0)])
-def test_loss_and_gradients_agree_with_numpy(scale, margin):
-    rng = np.random.default_rng(0)
-    x, W, C = rng.standard_normal((20, D)), rng.standard_normal((D, 10)), rng.standard_normal((7, 10))
-    labels = rng.integers(7, size=20)
-    loss, d_W, d_C = _numpy_loss_and_gradients(x, W, C, labels, scale, margin)
-    tW, tC = (torch.tensor(a, requires_grad=True) for a in (W, C))
-    value = cosface_loss(torch.tensor(x), tW, tC, torch.tensor(labels), scale, margin)
-    value.backward()
-    assert float(value.detach()) == pytest.approx(loss, rel=1e-6)
-    assert np.abs(tW.grad.numpy() - d_W).max() < 1e-6 * np.abs(d_W).max()
-    assert np.abs(tC.grad.numpy() - d_C).max() < 1e-6 * np.abs(d_C).max()
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These worlds are too small to gain from threads, and a busy machine makes them wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +45,8 @@ def world():
     rows = np.concatenate([o[:n], g[fit]]).astype(np.float32)
     source = ArraySource(rows, np.concatenate([np.arange(n), y[fit]]))
 
-    def validate(W):
+    def validate(snapshot):
+        W = snapshot.weights
         p = Projection(W, W)
         return average_precision(p.queries(g[~fit]), y[~fit], p.references(o), np.arange(len(o))).map
 
@@ -75,7 +63,7 @@ def test_a_planted_world_is_learned(world, weight_init):
     source, validate, shaken = world
     result = train(_config(source, weight_init=weight_init), source, validate=validate)
     assert result.best_map > result.start_map + 0.08
-    assert validate(result.weights) == result.best_map
+    assert validate(result) == result.best_map
     assert result.history[-1]["loss"] < result.history[1]["loss"]
     start = start_weights(weight_init, _config(source), source, np.random.default_rng(0))
 
@@ -109,8 +97,8 @@ def test_auto_starts_where_validation_is_better(world):
     o, g, y = gaussian(D, 200, 3)
     few = ArraySource(np.concatenate([o, g]), np.concatenate([np.arange(200), y]))
 
-    def retrieve(W):
-        p = Projection(W, W)
+    def retrieve(snapshot):
+        p = Projection(snapshot.weights, snapshot.weights)
         return average_precision(p.queries(g), y, p.references(o), np.arange(200)).map
 
     assert train(cfg, few, validate=retrieve).weight_init == "principal"
@@ -121,7 +109,7 @@ def test_the_start_is_kept_when_training_only_harms(world):
     source = world[0]
     scores = iter([0.9, 0.5, 0.4, 0.3])
     cfg = CosFace(rank=4, steps=30, validate_every=10, weight_init="principal", device="cpu")
-    result = train(cfg, source, validate=lambda W: next(scores))
+    result = train(cfg, source, validate=lambda snapshot: next(scores))
     start = start_weights("principal", cfg, source, np.random.default_rng(cfg.seed))
     assert (result.best_step, result.best_map, result.start_map) == (0, 0.9, 0.9)
     assert np.array_equal(result.weights, start)
@@ -169,7 +157,8 @@ def test_wrong_labels_are_refused(world):
             train(CosFace(rank=4, steps=1), ArraySource(rows, labels))
     with pytest.raises(SolverUsageError, match="rank"):
         train(CosFace(rank=D + 1, steps=1), world[0])
-    for knobs in ({"lr": 0.0}, {"steps": 0}, {"warmup": 0.9, "flat": 0.1}, {"class_init": "x"}):
+    wrong = [{"lr": 0.0}, {"steps": 0}, {"warmup": 0.9, "flat": 0.1}, {"class_init": "x"}, {"loss": "x"}]
+    for knobs in (*wrong, {"precision": "fp8"}, {"head": "x"}, {"patience": 0}, {"accumulate": 0}):
         with pytest.raises(SolverUsageError):
             CosFace(**knobs)
 
@@ -189,14 +178,17 @@ def test_divergence_is_named_and_keeps_the_last_good_w():
     cfg = CosFace(rank=4, steps=20, weight_init="random", class_init="random", device="cpu")
     with pytest.raises(DivergedError, match="step 9") as caught:
         train(cfg, Spoiled(rows, labels))
-    assert caught.value.weights.shape == (D, 4)
-    assert np.isfinite(caught.value.weights).all()
+    polls = iter([False] * 7 + [True])
+    with pytest.raises(StoppedError) as stopped:
+        train(cfg, ArraySource(rows, labels), stop=lambda: next(polls))
+    assert stopped.value.step == 8
+    assert np.array_equal(caught.value.weights, stopped.value.weights), "the bad step changed nothing"
 
 
 def test_batches_hold_p_identities_times_k_rows():
     labels = np.repeat(np.arange(10), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
     cfg = CosFace(rank=1, batch_identities=4, per_identity=3)
-    draws = batches(labels, 10, cfg, np.random.default_rng(0))
+    draws = batches(labels, 10, cfg)
     seen = []
     for _ in range(10):
         rows = next(draws)
@@ -226,3 +218,225 @@ def test_auto_stays_inside_its_budget():
     assert large.steps <= preset_auto(3000, 15_000, 4096).steps
     assert preset_auto(300, 1500, 4096, budget=5.0).steps < small.steps
     assert preset_auto(2, 4, 64).rank == 64
+
+
+def test_on_analytic_diffusion_it_ends_where_gnull_does_and_shuffled_identities_gain_nothing():
+    n, (g, references) = 2000, STEEP.queries()
+    own, names = np.arange(len(g)), np.arange(len(references))
+    o, t = STEEP.draw(n, 2)
+
+    def ap(p):
+        return average_precision(p.queries(g), own, p.references(references), names).ap
+
+    def trained(labels):
+        cfg = CosFace(
+            rank=D, steps=300, batch_identities=128, per_identity=2, weight_init="principal", device="cpu"
+        )
+        W = train(cfg, ArraySource(np.concatenate([o, t]), np.concatenate([np.arange(n), labels]))).weights
+        return ap(Projection(W, W))
+
+    data = STEEP.pairs(n)
+    gnull, raw = (ap(method.fit(data).projection()) for method in (GeneralisedNull(D, 1.0), Identity()))
+    true, shuffled = trained(np.arange(n)), trained(np.roll(np.arange(n), 1))
+    low, high = paired_bootstrap(true, gnull, own)
+    assert high >= 0, "worse than gnull"
+    assert high - low < 0.06, "an interval that is too wide would let anything pass"
+    # The start, a turn of all coordinates, retrieves as well as raw latents do; strangers add nothing to it.
+    assert paired_bootstrap(shuffled, raw, own)[0] <= 0
+    assert paired_bootstrap(true, shuffled, own)[0] > 0
+
+
+@pytest.mark.parametrize("head", [{}, {"head": "mlp", "layers": 2}], ids=["linear", "mlp"])
+def test_a_batch_in_parts_is_the_batch(world, head):
+    cfg = CosFace(rank=8, steps=12, weight_init="random", device="cpu", **head)
+    source, probe = world[0], world[0].rows[:50]
+    whole, parts, half = (
+        train(replace(cfg, **knobs), source).snapshot.embed(probe)
+        for knobs in ({}, {"accumulate": 5}, {"batch_identities": 32})
+    )
+    # Adam moves an entry by the learning rate whatever the gradient's size, and only the last bits of that
+    # differ: eps for each of the scale that cancels in it, added up over the steps.
+    allowed = cfg.scale * cfg.steps * np.finfo(np.float32).eps * np.abs(whole).max()
+    assert 0 < np.abs(parts - whole).max() < allowed
+    assert np.abs(half - whole).max() > 10 * allowed
+
+
+def test_a_source_may_return_any_float_type_and_library(world):
+    rows, labels = world[0].rows.astype(np.float16), world[0].labels
+    cfg = CosFace(rank=8, steps=5, device="cpu")
+
+    class Tensors(ArraySource):
+        def gather(self, indices):
+            return self.rows[torch.as_tensor(indices)]
+
+    frozen = rows.copy()
+    frozen.flags.writeable = False
+    forms = [
+        ArraySource(rows, labels),
+        ArraySource(frozen, labels),
+        ArraySource(rows.astype(np.float64), labels),
+        Tensors(torch.tensor(rows), labels),
+        Tensors(torch.tensor(rows, dtype=torch.float32), labels),
+    ]
+    first, *others = (train(cfg, source).weights for source in forms)
+    for other in others:
+        assert np.array_equal(first, other)
+
+
+def test_reading_ahead_is_one_batch_in_order_and_hides_no_error():
+    import threading
+
+    loaded, free = [], threading.Event()
+
+    def load(item):
+        loaded.append(item)
+        if item == 3:
+            raise OSError("disk")
+        if item == 2:
+            free.set()
+        return item
+
+    reader = read_ahead(iter(range(6)), load)
+    assert next(reader) == 0
+    assert next(reader) == 1
+    assert free.wait(10), "the next batch is read while this one is used"
+    assert loaded == [0, 1, 2]
+    assert next(reader) == 2
+    with pytest.raises(OSError, match="disk"):
+        next(reader)
+    assert list(read_ahead(iter(()), load)) == []
+
+
+def test_a_warm_start_begins_where_the_given_w_is(world):
+    source, validate, _ = world
+    o, g, _ = source.rows[:400], source.rows[400:], None
+    W = GeneralisedNull(48, 1.0).fit(PairData.from_arrays(np.repeat(o, 4, axis=0), g)).query_map
+    cfg = replace(_config(source), steps=10, validate_every=10)
+    seen = []
+    warm = train(cfg, source, validate=validate, init=W, observe=seen.append)
+    assert warm.weight_init == "init"
+    assert warm.start_map == average_precision_of(validate, W)
+    assert warm.start_map > train(cfg, source, validate=validate).start_map + 0.05
+    # Random class weights would undo the start: with a W given they begin at the means, whatever was asked.
+    random = train(replace(cfg, class_init="random"), source, validate=validate, init=W)
+    assert np.array_equal(random.weights, warm.weights)
+    # A power of two apart: the cosines are the same to the bit, and a step means the same for every W.
+    ratio = given_weights(W, D, 48) / W.astype(np.float32)
+    assert np.ptp(ratio) < 1e-6 * ratio.max()
+    assert 0.7 < np.sqrt(np.mean(given_weights(1e6 * W, D, 48) ** 2) * D) < 1.5
+    for record in seen:
+        assert {"step", "loss", "lr", "map", "best_map", "seconds", "rows_per_second"} <= set(record)
+    for wrong in (W[:, :5], W[:-1], 0 * W, np.full_like(W, np.nan)):
+        with pytest.raises(SolverUsageError, match="start from"):
+            train(cfg, source, init=wrong)
+    with pytest.raises(SolverUsageError, match="no matrix"):
+        train(replace(cfg, head="mlp"), source, init=W)
+
+
+def average_precision_of(validate, W):
+    class Given:
+        weights = W.astype(np.float32)
+
+    return validate(Given)
+
+
+def test_training_stops_when_validation_does_not_improve(world):
+    source = world[0]
+    scores = iter([0.5, 0.6, 0.6, 0.6, 0.7])
+    cfg = CosFace(rank=4, steps=30, validate_every=5, weight_init="principal", device="cpu", patience=2)
+    result = train(cfg, source, validate=lambda snapshot: next(scores))
+    assert (result.steps, result.stopped_early, result.best_step) == (15, "patience", 15)
+    scores = iter([0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.8])
+    assert train(cfg, source, validate=lambda snapshot: next(scores)).steps == 30
+    assert train(replace(cfg, max_seconds=1e-9), source).stopped_early == "max_seconds"
+
+
+def test_a_head_that_is_no_matrix_is_trained_and_given_back(world):
+    source = world[0]
+    cfg = CosFace(rank=8, steps=5, head="mlp", layers=2, device="cpu", precision="bf16")
+    maps = []
+    result = train(cfg, source, validate=lambda snapshot: maps.append(snapshot.weights) or snapshot.step)
+    assert result.weights is None
+    assert maps == [None, None]
+    assert result.snapshot.embed(source.rows[:3]).shape == (3, 8)
+    with pytest.raises(SolverUsageError, match="has none"):
+        cfg.fit(source)
+
+
+def test_bad_rows_and_too_little_memory_are_found_before_the_first_step(world):
+    rows, labels = world[0].rows.copy(), world[0].labels
+    rows[1234, 5] = np.inf
+    steps = []
+    for knobs in (
+        {"class_init": "means"},
+        {"class_init": "random", "batch_identities": 400, "per_identity": 5},
+    ):
+        cfg = CosFace(rank=8, steps=3, weight_init="random", device="cpu", **knobs)
+        with pytest.raises(BadRowsError, match="row 1234 of the source"):
+            train(cfg, ArraySource(rows, labels), progress=lambda *a: steps.append(a))
+
+    class Short(ArraySource):
+        def gather(self, indices):
+            return super().gather(indices)[:-1]
+
+    cfg = CosFace(rank=8, steps=3, weight_init="random", class_init="random", device="cpu")
+    with pytest.raises(BadRowsError, match=r"\(127, 96\) for 128 rows"):
+        train(cfg, Short(world[0].rows, labels), progress=lambda *a: steps.append(a))
+    needed = bytes_needed(cfg, 400, D)
+    with pytest.raises(SolverMemoryError, match=r"rank 8 among 400 identities holds 0\.00 GB on cpu"):
+        train(cfg, world[0], free_bytes=needed - 1, progress=lambda *a: steps.append(a))
+    assert steps == []
+    assert train(cfg, world[0], free_bytes=needed).steps == 3
+    # 100,000 identities at rank 512: seven arrays of 0.2 GB.
+    assert 1.4e9 < bytes_needed(preset_paper(), 100_000, 4096) < 2.5e9
+
+
+def test_what_falls_short_of_the_recipe_is_said():
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 0, 1, 2, 2, 3])
+    cfg = replace(preset_paper(rank=4), steps=3, schedule_every=1, device="cpu")
+    fitted = cfg.fit(ArraySource(rng.standard_normal((6, D)), labels))
+    few, single = fitted.report["notes"]
+    assert few.startswith("There are 4 identities and the recipe asks for 128")
+    assert single.startswith("2 of 4 identities have a single row")
+    assert few in fitted.report["statement"]
+    enough = CosFace(rank=4, steps=3, batch_identities=3, device="cpu")
+    two_each = ArraySource(rng.standard_normal((6, D)), np.repeat(np.arange(3), 2))
+    assert enough.fit(two_each).report["notes"] == []
+
+
+def test_where_losses_are_looked_at_late_the_weights_of_the_last_good_look_are_kept(world):
+    """As on a GPU, where a bad step has changed the weights before the host learns of it."""
+    cfg = CosFace(rank=8, steps=20, device="cpu")
+    state = State(cfg, build_head("linear", D, 8), np.eye(400, 8, dtype=np.float32), World())
+    keeper = Keeper(None, World())
+    keeper.begin(state.snapshot(0), None)
+    watch = Watch(cfg, state, keeper)
+    watch.every = 4
+    x, labels = torch.tensor(world[0].rows[:64]), torch.tensor(world[0].labels[:64])
+    kept = {}
+    for step in range(1, 7):
+        watch.add(step, 0.1, state.step(x, labels, 0.01))
+        kept[step] = state.snapshot(step).weights
+    with torch.no_grad():
+        state.average.weight.fill_(torch.nan)
+    watch.add(7, 0.1, torch.tensor(torch.nan))
+    with pytest.raises(DivergedError, match="step 7 of 20") as caught:
+        watch.add(8, 0.1, torch.tensor(torch.inf))
+    assert np.array_equal(caught.value.weights, kept[4])
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    labels = np.repeat(np.arange(50), 7)
+    cfg = CosFace(rank=1, batch_identities=16, per_identity=4, seed=3)
+    whole = list(islice(batches(labels, 50, cfg), 12))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(whole[5:], batches(labels, 50, cfg, done=5), strict=False)
+    )
+    other = next(batches(labels, 50, replace(cfg, seed=4)))
+    assert not np.array_equal(whole[0], other)
+    # Within an identity every row is drawn equally often: 4,000 draws of 7 rows, five standard deviations.
+    one = CosFace(rank=1, batch_identities=2, per_identity=4)
+    draws = np.concatenate(list(islice(batches(np.repeat([0, 1], 7), 2, one), 1000)))
+    counts = np.bincount(draws, minlength=14)
+    assert np.abs(counts - 4000 / 7).max() < 5 * np.sqrt(4000 / 7)

@@ -18,6 +18,7 @@ from solvers.spectra import (
     overlap,
     principal_angles,
     random_band,
+    singular_values,
     untrained_band,
 )
 
@@ -132,6 +133,13 @@ def test_overlap_of_random_subspaces_is_its_chance_level():
     nested = map_spectrum(rng.standard_normal((64, 16)))
     inside = map_spectrum(nested.basis[:, :8])
     assert overlap(principal_angles(nested, inside)) == pytest.approx(1.0, abs=64 * EPS64)
+
+
+def test_singular_values_alone_are_those_of_the_whole_spectrum():
+    W = shaped(np.random.default_rng(10), np.geomspace(1, 1e-3, M))
+    np.testing.assert_allclose(singular_values(W), map_spectrum(W).sigma, atol=D * EPS64)
+    with pytest.raises(SolverUsageError, match="is zero"):
+        singular_values(np.zeros((4, 2)))
 
 
 def test_rounding_adds_no_directions():
