@@ -5,7 +5,7 @@ products once on arrays in memory, interleaved; n, 2n and 4n pairs, each in a pr
 after the pass, at one ridge and a further one. At d = 1,024: the smallest singular directions by the pass
 against scikit-learn's IncrementalPCA, Dask's svd_compressed and SciPy's SVD in memory, with their accuracy.
 
-    python -m benchmarks.closed_forms [--dim 4096] [--origins 1500] [--out FILE]
+    python -m benchmarks.closed_forms [--dim 4096] [--origins 3000] [--out FILE]
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def peers(origins: int) -> list[Figure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--origins", type=int, default=1500)
+    parser.add_argument("--origins", type=int, default=3000)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -278,8 +278,8 @@ def main() -> None:
         store = make_store(Path(name) / "s.zarr", args.origins, args.dim)
         figures = time_pass(store)
         figures += time_methods(store)
-    figures += scaling(2 * args.origins, args.dim)
-    figures += peers(args.origins)
+    figures += scaling(args.origins, args.dim)
+    figures += peers(args.origins // 2)
     for f in figures:
         print(f"{f.subject:<40} {f.name:<36} {f.value:.5g} {f.unit}")
     Report(

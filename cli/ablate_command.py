@@ -51,7 +51,7 @@ def ablate(
 
     Every variant has the same recipe; its step is chosen on validation queries and reported on test queries.
 
-    Example: ablate --store simulated.zarr --what losses --plot losses.png
+    Example: latentstore ablate --store simulated.zarr --what losses --plot losses.png
     """
     from cli import render, render_ablate
     from cli.ablating import AblateOptions, parse_layers

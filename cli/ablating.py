@@ -230,7 +230,7 @@ def _plan(collection: Collection, options: AblateOptions) -> dict[tuple[str, str
     """Return (table, variant) → its recipe. Variants of different tables that are one run have one recipe."""
     dim = collection.store.layout.dim
     rank = min(512, dim) if options.rank is None else check_rank(options.rank, dim)
-    data = training._training_rows(collection)
+    data = training.training_rows(collection)
     # One start for all, the seeded random W that other heads have inside: a start is no part of a variant.
     named: dict[str, Any] = {"weight_init": "random"}
     if options.steps is not None:
@@ -270,8 +270,8 @@ def _run(
     collection: Collection, cfg: CosFace, judge: Judge | None, progress: training.Progress | None
 ) -> TrainResult:
     """Train one variant on the training split."""
-    data = training._training_rows(collection)
-    source, _, left = training._placed(data, cfg, None, str(pick_device(cfg.device)))
+    data = training.training_rows(collection)
+    source, _, left = training.placed(data, cfg, None, str(pick_device(cfg.device)))
 
     def validate(snapshot: Any) -> float:
         assert judge is not None  # noqa: S101 - given to train only when there is one

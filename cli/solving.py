@@ -25,7 +25,7 @@ from latentstore.results import Report
 from latentstore.schema import check_space
 from solvers.data import PairData
 from solvers.errors import DivergedError, NoPairsError
-from solvers.methods import build, check_rank, get
+from solvers.methods import METHODS, build, check_rank, get
 from solvers.nullspace import difference_facts
 from solvers.projection import Projection, identity_hash
 
@@ -97,7 +97,7 @@ def fit(
         bare, facts, choices = _fitted(fitting, data, rank)
     except DivergedError as error:
         raise _with_last_good(error, fitting) from error
-    if data.n_pairs and facts.get("numerical_rank") is None:
+    if data.n_pairs and get(bare.method).needs_pairs and facts.get("numerical_rank") is None:
         facts |= difference_facts(data)
     return _signed(bare, fitting, facts, judged=bool(choices)), facts, choices
 
@@ -249,7 +249,7 @@ def solve(
             *_simulated_caveat(simulated),
             *settling.at_an_edge(options, choices),
             *facts.get("left out", []),
-            *account.caveats(collection, test, evaluation),
+            *account.caveats(collection, test, evaluation, learned=_learned(projection)),
         ],
         timings=timings,
         **results.stamp(),
@@ -265,7 +265,7 @@ def evaluate(
     began = time.perf_counter()
     if out is not None:
         check_writable(out)
-    W = load_projection(projection)
+    W = load_projection(projection, "name another with --projection")
     gallery = Collection.open(store)
     W.check_space(gallery.store.space.id)
     asked = (gallery if queries is None else Collection.open(queries)).queries("test")
@@ -275,7 +275,7 @@ def evaluate(
     evaluation = measure.evaluate(gallery, asked, {name: W}, control_set)
     if not evaluation.methods:
         raise UsageError(
-            f"None of the {len(asked.rows)} test queries has its origin in {store}: nothing can be measured. "
+            f"No test query (of {len(asked.rows)}) has its origin in {store}: nothing can be measured. "
             "Evaluate against the store that holds their origins."
         )
     report = Report(
@@ -286,7 +286,7 @@ def evaluate(
         settings={"projection": str(projection), "method": W.method, **dict(W.knobs)},
         reproduce=[command] if command else [],
         figures=evaluation.figures,
-        caveats=account.caveats(gallery, asked, evaluation),
+        caveats=account.caveats(gallery, asked, evaluation, learned=_learned(W)),
         timings={"evaluate": time.perf_counter() - began},
         **results.stamp(),
     )
@@ -298,6 +298,11 @@ def evaluate(
 def results_path(out: Path) -> Path:
     """Return where the results of a written file go: ``W.safetensors`` → ``W.results.json``."""
     return out.with_suffix(".results.json")
+
+
+def _learned(W: Projection) -> bool:
+    """Tell whether a map was learned from pairs, as one of an unknown method may have been."""
+    return W.method not in METHODS or bool(METHODS[W.method].needs_pairs)
 
 
 def _no_pairs(collection: Collection, method: str) -> str:

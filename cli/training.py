@@ -162,7 +162,7 @@ def fit_cosface(
         Ctrl-C or SIGTERM: the run was saved, and the text says how to go on.
     """
     keep = run or Run()
-    data = _training_rows(collection) if simulated is None else _simulated_rows(simulated)
+    data = training_rows(collection) if simulated is None else _simulated_rows(simulated)
     cfg = recipe.build(
         options.preset,
         options.recipe,
@@ -175,7 +175,7 @@ def fit_cosface(
         warm=init is not None,
     )
     device = str(pick_device(cfg.device)) if keep.world is None else keep.world.device
-    source, place, left = _placed(data, cfg, keep.latents, device)
+    source, place, left = placed(data, cfg, keep.latents, device)
     say(place.sentence)
     notes = _without(data)
     for text in notes:
@@ -223,7 +223,7 @@ def finished(run: Run, trained_curves: list[Curve], best: int | None) -> None:
         run.checkpoint.unlink(missing_ok=True)
 
 
-def _placed(
+def placed(
     data: _Rows, cfg: CosFace, asked: str | None, device: str
 ) -> tuple[LabelledRows, placement.Placement, int]:
     """Return the rows where they are fastest to draw from, the words for it, and the bytes left to train in.
@@ -261,7 +261,8 @@ def _simulated_source(
     return placement.on_device(placement.host_blocks(held), len(held), data.labels, device)
 
 
-def _training_rows(collection: Collection) -> _Rows:
+def training_rows(collection: Collection) -> _Rows:
+    """Return the training split's pairs as rows with classes, an origin being a member of its own."""
     origins, translated = collection.pairs("train")
     rows = np.concatenate([np.unique(origins), translated])
     mine = collection.gallery[collection.split[collection.gallery] == "train"]

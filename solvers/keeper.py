@@ -43,14 +43,14 @@ class Keeper:
         self.best, self.best_map, self.start_map = snapshot, score, score
         self.history = [{"step": 0, "loss": None, "lr": 0.0, "map": score}]
 
-    def see(self, snapshot: Snapshot, loss: float, lr: float) -> None:
-        """Judge a snapshot; one that is not finite is passed over."""
+    def see(self, snapshot: Snapshot, loss: float, lr: float, *, waits: bool = True) -> None:
+        """Judge a snapshot; one that is not finite is passed over. Patience is spent where it `waits`."""
         if not snapshot.finite():
             return
         score = self.score(snapshot)
         self.history.append({"step": snapshot.step, "loss": loss, "lr": lr, "map": score})
         better = score is None or self.best_map is None or score > self.best_map
-        self.waited = 0 if better else self.waited + 1
+        self.waited = 0 if better else self.waited + waits
         # Among equals the later one: where validation is saturated, the W that was trained.
         if better or score == self.best_map:
             self.best, self.best_map = snapshot, score

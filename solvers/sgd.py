@@ -124,7 +124,7 @@ class CosFace(Capabilities):
         Parts of a batch that are computed one after the other, for less memory: the gradient is that of the
         whole batch.
     patience
-        Stop after so many validations without a better mAP; None never does.
+        Stop after so many validations without a better mAP, once the warm-up is over; None never does.
     """
 
     rank: int = 512

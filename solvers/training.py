@@ -177,7 +177,7 @@ def _take_steps(
                 progress(step, cfg.steps, watch.loss)
             late, asked = run.decide(stop) if watch.fresh or run.world.size == 1 else (False, False)
             if step % cfg.validate_every == 0 or step == cfg.steps or late:
-                keeper.see(state.snapshot(step), watch.look(), lr)
+                keeper.see(state.snapshot(step), watch.look(), lr, waits=step > cfg.warmup * cfg.steps)
                 pace.report(observe)
             if late and step < cfg.steps:
                 return "max_seconds"

@@ -141,7 +141,10 @@ def _controls_sentence(subjects: Iterable[str]) -> str:
     words = {
         "raw": "as they are (raw)",
         "centred": "less their mean (centred)",
-        "PCA-whitened": "with each principal direction rescaled by its spread (PCA-whitened)",
+        "norm-weighted": "less their mean, each reference divided by its length under the analytic map "
+        "(norm-weighted)",
+        "PCA-whitened": "with each principal direction rescaled by its spread (PCA-whitened; ½ and ¼ are "
+        "exponents, @8 its first 8 directions)",
         "random subspace": "projected at random (random subspace)",
     }
     names = list(subjects)

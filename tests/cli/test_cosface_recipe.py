@@ -123,6 +123,7 @@ def test_help_has_a_panel() -> None:
 
 def test_w_starts_at_the_map_of_init(folder: Path, store: Path) -> None:
     invoke("--rank", 12, "--store", store, "--out", "G.safetensors", "--lam", "1", method="gnull")
+    Projection.load("G.safetensors").using(["seen elsewhere"]).save("G.safetensors")
     words = ("--store", store, "--init", "G.safetensors", "--steps", 1, "--lr", "1e-9", "--no-ema")
     invoke(*words, "--rank", RANK, "--out", "W.safetensors")
     G, W = Projection.load("G.safetensors"), Projection.load("W.safetensors")
