@@ -17,6 +17,8 @@ from solvers.products import TILE, Precision
 from solvers.spectrum import ROUGH_ROWS
 from solvers.sums import Prepared, RowSums
 
+PIECE = TILE // 4
+"""Pairs that are read ahead: until the first of them are there, nothing can be multiplied."""
 Rows = npt.NDArray[np.int64]
 OnRows = Callable[[int, int], None]
 T = TypeVar("T")
@@ -56,7 +58,7 @@ def summed(
     moments = Moments(reader.layout.dim, shift=shift, precision=precision)
 
     # One block's differences are read from while the next one's are formed; no more memory than that.
-    largest, dim = min(TILE, len(task.translations)), reader.layout.dim
+    largest, dim = min(PIECE, len(task.translations)), reader.layout.dim
     stored = np.empty((largest, dim), reader.layout.dtype)
     differences = itertools.cycle([np.empty((largest, dim), precision) for _ in range(2)])
 
@@ -66,7 +68,7 @@ def summed(
         g = reader.gather(translations, stored[:n])
         return moments.pairs.prepare(reader.gather(own), g, of, out=next(differences)[:n])
 
-    for block in ahead(prepared, _blocks(task)):
+    for block in ahead(prepared, _blocks(task, PIECE)):
         moments.pairs.add(block)
         if on_rows is not None:
             on_rows(block.n, 0)
@@ -114,8 +116,8 @@ def _read_pairs(reader: Reader, own: Rows, translations: Rows, of: Rows) -> tupl
     return reader.gather(own), reader.gather(translations), of
 
 
-def _blocks(task: Task) -> Iterator[tuple[Rows, Rows, Rows]]:
-    """Yield (origins, translations, which origin each has) by the tile, an origin in one where it fits."""
+def _blocks(task: Task, largest: int = TILE) -> Iterator[tuple[Rows, Rows, Rows]]:
+    """Yield (origins, translations, which origin each has) block by block, an origin in one where it fits."""
     if not len(task.translations):
         return
     starts = np.flatnonzero(np.diff(task.origins, prepend=-1))
@@ -123,10 +125,10 @@ def _blocks(task: Task) -> Iterator[tuple[Rows, Rows, Rows]]:
     first = 0
     for at, end in enumerate(ends.tolist()):
         last = at + 1 == len(ends)
-        if last or ends[at + 1] - starts[first] > TILE:
-            # One origin with more translations than a tile is cut: it counts once by its own sum.
-            for begin in range(int(starts[first]), end, TILE):
-                rows = slice(begin, min(begin + TILE, end))
+        if last or ends[at + 1] - starts[first] > largest:
+            # One origin with more translations than that is cut: it counts once by its own sum.
+            for begin in range(int(starts[first]), end, largest):
+                rows = slice(begin, min(begin + largest, end))
                 own, of = np.unique(task.origins[rows], return_inverse=True)
                 yield own, task.translations[rows], of
             first = at + 1

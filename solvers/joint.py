@@ -23,7 +23,7 @@ from .frequency import Shape, check_shape
 from .gallery_maps import Capabilities
 from .generalised import difference_basis, difference_report, ridge
 from .invariant import invariant
-from .linalg import cholesky, eigh, fix_signs, gram, solve_lower
+from .linalg import cholesky, eigh, fix_signs, gram, shifted, solve_lower
 from .projection import SCORES
 from .rank import EPS64, check_rank
 
@@ -192,8 +192,7 @@ def columns(method: Any, data: PairData) -> int | None:
     if method.rank is not None:
         check_rank(method.rank, data.dim)
     difference_basis(data)
-    cov = data.moments.pairs.cov_oo
-    if not float(namespace(cov).linalg.trace(cov)) > 0:
+    if not data.moments.pairs.variance_o > 0:
         raise SolverUsageError(
             f"The origins of the {data.n_pairs} pairs do not vary (rank 0, at least 1 needed). Use more, and "
             "different, origins."
@@ -263,8 +262,7 @@ def fitted(
 def with_ridge(cov: Any, lam: float, full_dim: int) -> Any:
     """Return cov + lam * (mean diagonal over all dimensions) * I."""
     xp = namespace(cov)
-    added = ridge(lam, xp.linalg.diagonal(cov), full_dim)
-    return cov + added * xp.eye(cov.shape[0], dtype=cov.dtype, device=cov.device)
+    return shifted(cov, ridge(lam, xp.linalg.diagonal(cov), full_dim))
 
 
 def whitened(cross: Any, left: Any, right: Any) -> Any:

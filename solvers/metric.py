@@ -11,7 +11,7 @@ from .fitted import Fitted
 from .gallery_maps import Capabilities
 from .generalised import difference_basis, ridge
 from .joint import PairMap, columns, fitted
-from .linalg import eigh, gram, inverse, svd
+from .linalg import eigh, gram, inverse, shifted, svd
 
 GRAM_FLOOR = 1e-4
 """Down to this share of the largest a Gram gives singular values to 2e-8, and a float32 map keeps no more."""
@@ -81,8 +81,7 @@ class Kissme(PairMap):
         basis, tau = difference_basis(data)
         xp, delta = namespace(tau), pairs.mean_t
         added = ridge(self.lam, tau, data.moments.full_dim)
-        eye = xp.eye(len(tau), dtype=tau.dtype, device=tau.device)
-        strangers = pairs.cov_oo + pairs.cov_gg + delta[:, None] * delta[None, :] + added * eye
+        strangers = shifted(pairs.cov_oo + pairs.cov_gg + delta[:, None] * delta[None, :], added)
         metric = gram(((tau + added) ** -0.5)[:, None] * basis.T) - inverse(strangers)
         values, vectors = eigh(metric, top)
         W = vectors * xp.clip(values, min=0.0) ** 0.5

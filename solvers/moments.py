@@ -154,11 +154,11 @@ def merged(parts: Iterable[Moments]) -> Moments:
 def bytes_needed(dim: int) -> tuple[int, int]:
     """Return the bytes that moments take while they are summed, and as a file.
 
-    In memory: four matrices, a tile's product, and two blocks (one that is read ahead) of origins, weighted
-    origins, differences and their sums in float32 beside what was read.
+    In memory: four matrices, three tiles' products in float32, and two blocks (one that is read ahead) of
+    origins, weighted origins, differences and their sums in float32 beside what was read.
     """
     square = 8 * dim * dim
-    return 4 * square + square // 2 + 2 * TILE * dim * (4 * 4 + 2 * 2), 3 * row_bytes(dim) + square
+    return 4 * square + 3 * square // 2 + 2 * TILE * dim * (4 * 4 + 2 * 2), 3 * row_bytes(dim) + square
 
 
 def row_bytes(dim: int) -> int:

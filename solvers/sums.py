@@ -10,12 +10,12 @@ from typing import Any, Self
 import numpy as np
 
 from .arrays import as_like, namespace, to_host
+from .blocks import cast, checked, finite_sum, tiles
 from .errors import SolverUsageError
 from .files import read_safetensors, write_safetensors
 from .grouping import checked_of, grouped
-from .halves import single
-from .linalg import full_precision, on_host
-from .products import TILE, Precision, add_gram, pack, symmetric, unpack
+from .linalg import add_transposed, on_host
+from .products import TILE, Precision, Tiled, add_gram, pack, symmetric, unpack
 
 _FORMAT = "solvers.row_sums"
 
@@ -59,10 +59,10 @@ class RowSums:
         """Add a block of rows, (rows, dim); one that is refused leaves nothing behind."""
         namespace(block, self.shift)
         if block.shape[0] > TILE:
-            _finite_sum(_checked(block, self.dim, "rows"), "rows")
-        for x in _tiles(block, self.dim, "rows"):
-            rows = _cast(x, self.precision) - _cast(self.shift, self.precision)
-            total = _finite_sum(rows, "rows")
+            finite_sum(checked(block, self.dim, "rows"), "rows")
+        for x in tiles(block, self.dim, "rows"):
+            rows = cast(x, self.precision) - cast(self.shift, self.precision)
+            total = finite_sum(rows, "rows")
             self.n += rows.shape[0]
             self.sum += total
             add_gram(self.xx, rows)
@@ -91,7 +91,7 @@ class RowSums:
     def cov(self) -> Any:
         """Centred covariance (divided by n), (dim, dim)."""
         offset = self.sum / _some(self.n)
-        return symmetric(self.xx) / self.n - _outer(offset, offset)
+        return _centred(symmetric(self.xx), self.n, offset, offset)
 
     @property
     def squares(self) -> float:
@@ -158,8 +158,6 @@ class PairSums:
         Pairs seen.
     sum_o, sum_t
         (dim,) sums of the shifted origins and of the differences.
-    oo, ot, tt
-        (dim, dim) sums of the outer products; ot has o along its rows, oo and tt their upper triangle.
     """
 
     def __init__(
@@ -169,7 +167,8 @@ class PairSums:
         zeros = np.zeros if like is None else _zeros_like(like)
         self.shift = zeros(dim) if shift is None else _placed(shift, like, precision)
         self.sum_o, self.sum_t = zeros(dim), zeros(dim)
-        self.oo, self.ot, self.tt = _square(dim, like), zeros((dim, dim)), _square(dim, like)
+        self._sums = {"oo": Tiled(_square(dim, like)), "tt": Tiled(_square(dim, like))}
+        self._sums["ot"] = Tiled(zeros((dim, dim)))
 
     def update(self, origins: Any, translations: Any, of: Any = None) -> None:
         """Add a block of pairs.
@@ -190,7 +189,7 @@ class PairSums:
             self.add(self.prepare(origins, translations, which))
             return
         for rows, what in ((origins, "origins"), (translations, "translations")):
-            _finite_sum(_checked(rows, self.dim, what), what)
+            finite_sum(checked(rows, self.dim, what), what)
         which = np.arange(n) if which is None else which
         for at in range(0, n, TILE):
             used, inverse = np.unique(which[at : at + TILE], return_inverse=True)
@@ -207,10 +206,10 @@ class PairSums:
         """
         namespace(origins, translations, self.shift)
         which = checked_of(origins, translations, of)
-        o = _cast(_checked(origins, self.dim, "origins"), self.precision)
-        g = _checked(translations, self.dim, "translations")
+        o = cast(checked(origins, self.dim, "origins"), self.precision)
+        g = checked(translations, self.dim, "translations")
         if which is None:
-            t = _cast(g, self.precision) - o
+            t = cast(g, self.precision) - o
             summed, counts = t, None
         else:
             t, summed, counts = grouped(o, g, which, out)
@@ -218,23 +217,22 @@ class PairSums:
 
     def prepare_differences(self, origins: Any, differences: Any) -> Prepared:
         """Form the same of origins and differences t = g - o that were formed before, row by row."""
-        o = _cast(_checked(origins, self.dim, "origins"), self.precision)
-        t = _cast(_checked(differences, self.dim, "differences"), self.precision)
+        o = cast(checked(origins, self.dim, "origins"), self.precision)
+        t = cast(checked(differences, self.dim, "differences"), self.precision)
         return self._prepared(o, t, t, None)
 
     def _prepared(self, o: Any, t: Any, summed: Any, counts: Any) -> Prepared:
-        o = o - _cast(self.shift, self.precision)
+        o = o - cast(self.shift, self.precision)
         weighted = o if counts is None else o * counts[:, None] ** 0.5
-        sum_o = _finite_sum(o if counts is None else o * counts[:, None], "origins")
-        sum_t = _finite_sum(summed, "translations", of=t)
+        sum_o = finite_sum(o if counts is None else o * counts[:, None], "origins")
+        sum_t = finite_sum(summed, "translations", of=t)
         return Prepared(t.shape[0], o, weighted, t, summed, sum_o, sum_t)
 
     def add(self, block: Prepared) -> None:
         """Add the products of a prepared block."""
-        with full_precision(block.t):
-            self.ot += block.o.T @ block.summed
-        add_gram(self.tt, block.t)
-        add_gram(self.oo, block.weighted)
+        self._sums["ot"].add_product(block.o, block.summed)
+        self._sums["tt"].add_gram(block.t)
+        self._sums["oo"].add_gram(block.weighted)
         self.n += block.n
         self.sum_o += block.sum_o
         self.sum_t += block.sum_t
@@ -248,14 +246,29 @@ class PairSums:
         move = other.shift - self.shift
         moved = bool(namespace(move).any(move != 0))
         if moved:
-            cross = _outer(other.sum_o, move)
-            self.oo += cross + cross.T + other.n * _outer(move, move)
-            self.ot += _outer(move, other.sum_t)
+            cross, oo, ot = _outer(other.sum_o, move), self.oo, self.ot
+            oo += cross + cross.T + other.n * _outer(move, move)
+            ot += _outer(move, other.sum_t)
             self.sum_o += other.n * move
         self.n += other.n
         for name in ("sum_o", "sum_t", "oo", "ot", "tt"):
             total = getattr(self, name)
             total += getattr(other, name)
+
+    @property
+    def oo(self) -> Any:
+        """Sum of o oᵀ of the shifted origins, (dim, dim); on NumPy its upper triangle."""
+        return self._sums["oo"].total
+
+    @property
+    def ot(self) -> Any:
+        """Sum of o tᵀ, (dim, dim), o along the rows."""
+        return self._sums["ot"].total
+
+    @property
+    def tt(self) -> Any:
+        """Sum of t tᵀ, (dim, dim); on NumPy its upper triangle."""
+        return self._sums["tt"].total
 
     @property
     def mean_o(self) -> Any:
@@ -281,29 +294,40 @@ class PairSums:
     def cov_oo(self) -> Any:
         """Centred covariance of the pairs' origins, (dim, dim)."""
         offset = self.sum_o / _some(self.n)
-        return symmetric(self.oo) / self.n - _outer(offset, offset)
+        return _centred(symmetric(self.oo), self.n, offset, offset)
+
+    @property
+    def variance_o(self) -> float:
+        """Trace of `cov_oo`, without forming it."""
+        xp, offset = namespace(self.oo), self.sum_o / _some(self.n)
+        return float(xp.linalg.trace(self.oo)) / self.n - float(xp.sum(offset * offset))
 
     @property
     def cov_ot(self) -> Any:
         """Centred cross-covariance of origins (along the rows) and differences, (dim, dim)."""
         offset = self.sum_o / _some(self.n)
-        return self.ot / self.n - _outer(offset, self.mean_t)
+        return _centred(namespace(self.ot).asarray(self.ot, copy=True), self.n, offset, self.mean_t)
 
     @property
     def cov_tt(self) -> Any:
         """Centred covariance of the differences, (dim, dim)."""
-        return self.second_t - _outer(self.mean_t, self.mean_t)
+        return _centred(symmetric(self.tt), _some(self.n), self.mean_t, self.mean_t)
 
     @property
     def cov_og(self) -> Any:
         """Centred cross-covariance of origins (along the rows) and translations, (dim, dim)."""
-        return self.cov_oo + self.cov_ot
+        found = self.cov_oo
+        found += self.cov_ot
+        return found
 
     @property
     def cov_gg(self) -> Any:
         """Centred covariance of the translations, (dim, dim)."""
-        ot = self.cov_ot
-        return self.cov_oo + ot + ot.T + self.cov_tt
+        found, ot = self.cov_oo, self.cov_ot
+        found += ot
+        add_transposed(found, ot)
+        found += self.cov_tt
+        return found
 
     @property
     def squares(self) -> float:
@@ -326,66 +350,18 @@ class PairSums:
         """Return sums from what :meth:`tensors` gave."""
         made = cls(len(tensors[f"{prefix}sum_o"]), shift=tensors[f"{prefix}shift"], precision=precision)
         made.n = int(tensors[f"{prefix}n"][0])
-        for name in ("sum_o", "sum_t", "ot"):
+        for name in ("sum_o", "sum_t"):
             setattr(made, name, np.array(tensors[f"{prefix}{name}"]))
-        for name in ("oo", "tt"):
-            setattr(made, name, unpack(tensors[f"{prefix}{name}"], made.dim))
+        found = {name: unpack(tensors[f"{prefix}{name}"], made.dim) for name in ("oo", "tt")}
+        found["ot"] = np.array(tensors[f"{prefix}ot"])
+        made._sums = {name: Tiled(total) for name, total in found.items()}
         return made
 
 
-def _tiles(block: Any, dim: int, what: str) -> Iterator[Any]:
-    block = _checked(block, dim, what)
-    for at in range(0, block.shape[0], TILE):
-        yield block[at : at + TILE]
-
-
-def _checked(x: Any, dim: int, what: str) -> Any:
-    if x.ndim != 2 or x.shape[1] != dim:
-        raise SolverUsageError(
-            f"A block of {what} must have the shape (rows, {dim}), not {tuple(x.shape)}. "
-            "Pass latents of one encoder, one row per image."
-        )
-    return x
-
-
-def _finite_sum(rows: Any, what: str, of: Any = None) -> Any:
-    """Return the float64 column sums, which show in one look whether any value is not finite.
-
-    `rows` may be sums of the rows that are meant, which are then `of`.
-    """
-    xp = namespace(rows)
-    total = _column_sums(rows)
-    if bool(xp.all(xp.isfinite(total))):
-        return total
-    rows = rows if of is None else of
-    bad = int(xp.sum(xp.astype(xp.any(~xp.isfinite(rows), axis=1), xp.int64)))
-    if not bad:
-        raise SolverUsageError(
-            f"The sum over {rows.shape[0]} {what} is too large for {rows.dtype}. Scale the latents down."
-        )
-    raise SolverUsageError(
-        f"{bad} of {rows.shape[0]} {what} hold values that are not finite. "
-        "Leave such rows out: a single one would spoil every sum."
-    )
-
-
-def _column_sums(rows: Any) -> Any:
-    xp = namespace(rows)
-    if not on_host(rows) or rows.dtype == np.float64:
-        return xp.sum(rows, axis=0, dtype=xp.float64)
-    # Single-precision sums of a few rows lose nothing that counts beside the products; they take half the
-    # time of converting every value.
-    total = np.zeros(rows.shape[1])
-    for at in range(0, len(rows), 64):
-        total += rows[at : at + 64].sum(axis=0)
+def _centred(total: Any, n: int, left: Any, right: Any) -> Any:
+    total /= n  # in the memory of `total`
+    total -= _outer(left, right)
     return total
-
-
-def _cast(x: Any, precision: Precision) -> Any:
-    xp = namespace(x)
-    if precision == "float32" and on_host(x) and x.dtype == np.float16:
-        return single(x)
-    return xp.astype(x, xp.float32 if precision == "float32" else xp.float64, copy=False)
 
 
 def _outer(a: Any, b: Any) -> Any:
