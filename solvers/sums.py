@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from .blocks import cast, checked, finite_sum, tiles
 from .errors import SolverUsageError
 from .files import read_safetensors, write_safetensors
 from .grouping import checked_of, grouped
-from .linalg import add_transposed, on_host
+from .linalg import add_transposed
 from .products import TILE, Precision, Tiled, add_gram, pack, symmetric, unpack
 
 _FORMAT = "solvers.row_sums"
