@@ -28,8 +28,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/.demo
 	$(BIN)/latentstore demo
 
+# Two processes of one thread each: with more, small products on two cores wait for each other.
 test: $(VENV)/.dev browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -46,6 +47,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.encode_speed
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.codecs
+	$(BIN)/python -m benchmarks.closed_forms
+	$(BIN)/python -m benchmarks.cosface
+	$(BIN)/python -m benchmarks.analytic
 
 prove: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.faults

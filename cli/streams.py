@@ -15,7 +15,7 @@ from latentstore.reader import Reader
 from solvers.moments import Moments
 from solvers.products import TILE, Precision
 from solvers.spectrum import ROUGH_ROWS
-from solvers.sums import Prepared, RowSums
+from solvers.sums import PairSums, Prepared, RowSums
 
 PIECE = TILE // 4
 """Pairs that are read ahead: until the first of them are there, nothing can be multiplied."""
@@ -54,26 +54,29 @@ def summed(
     on_rows: OnRows | None = None,
 ) -> Moments:
     """Sum one part, reading ahead while the products run. On the CPU: the host's memory is read into."""
-    own = np.unique(task.origins)
     moments = Moments(reader.layout.dim, shift=shift, precision=precision)
+    _sum_pairs(reader, task, moments.pairs, on_rows)
+    moments.origins = sum_rows(reader, np.unique(task.origins), precision, shift)
+    return moments
 
+
+def _sum_pairs(reader: Reader, task: Task, sums: PairSums, on_rows: OnRows | None) -> None:
     # One block's differences are read from while the next one's are formed; no more memory than that.
     largest, dim = min(PIECE, len(task.translations)), reader.layout.dim
     stored = np.empty((largest, dim), reader.layout.dtype)
-    differences = itertools.cycle([np.empty((largest, dim), precision) for _ in range(2)])
+    differences = itertools.cycle([np.empty((largest, dim), sums.precision) for _ in range(2)])
 
     def prepared(rows: tuple[Rows, Rows, Rows]) -> Prepared:
         own, translations, of = rows
         n = len(translations)
         g = reader.gather(translations, stored[:n])
-        return moments.pairs.prepare(reader.gather(own), g, of, out=next(differences)[:n])
+        return sums.prepare(reader.gather(own), g, of, out=next(differences)[:n])
 
     for block in ahead(prepared, _blocks(task, PIECE)):
-        moments.pairs.add(block)
+        sums.add(block)
         if on_rows is not None:
             on_rows(block.n, 0)
-    moments.origins = sum_rows(reader, own, precision, shift)
-    return moments
+    sums.settle()
 
 
 def sum_rows(
@@ -86,7 +89,7 @@ def sum_rows(
     """Sum rows of a store, reading ahead while the products run."""
     about = rough_mean(reader, rows) if shift is None else shift
     sums = RowSums(reader.layout.dim, shift=about, precision=precision)
-    for block in ahead(reader.gather, (rows[at : at + TILE] for at in range(0, len(rows), TILE))):
+    for block in ahead(reader.gather, (rows[at : at + PIECE] for at in range(0, len(rows), PIECE))):
         sums.update(block)
         if on_rows is not None:
             on_rows(len(block), 0)

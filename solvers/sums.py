@@ -15,7 +15,7 @@ from .errors import SolverUsageError
 from .files import read_safetensors, write_safetensors
 from .grouping import checked_of, grouped
 from .linalg import add_transposed
-from .products import TILE, Precision, Tiled, add_gram, pack, symmetric, unpack
+from .products import TILE, Precision, Tiled, pack, symmetric, unpack
 
 _FORMAT = "solvers.row_sums"
 
@@ -43,8 +43,6 @@ class RowSums:
         Rows seen.
     sum
         (dim,) of the shifted rows.
-    xx
-        (dim, dim) of the shifted rows' outer products; on NumPy only its upper triangle is filled.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class RowSums:
         self.dim, self.precision, self.n = _checked_dim(dim), precision, 0
         zeros = np.zeros if like is None else _zeros_like(like)
         self.shift = zeros(dim) if shift is None else _placed(shift, like, precision)
-        self.sum, self.xx = zeros(dim), _square(dim, like)
+        self.sum, self._xx = zeros(dim), Tiled(_square(dim, like))
 
     def update(self, block: Any) -> None:
         """Add a block of rows, (rows, dim); one that is refused leaves nothing behind."""
@@ -65,7 +63,7 @@ class RowSums:
             total = finite_sum(rows, "rows")
             self.n += rows.shape[0]
             self.sum += total
-            add_gram(self.xx, rows)
+            self._xx.add_gram(rows)
 
     def merge(self, other: RowSums) -> None:
         """Add the sums of another part, about whatever shift they are."""
@@ -75,12 +73,18 @@ class RowSums:
             self.precision = "float32"
         move = other.shift - self.shift
         if bool(namespace(move).any(move != 0)):
-            cross = _outer(other.sum, move)
-            self.xx += cross + cross.T + other.n * _outer(move, move)
+            cross, xx = _outer(other.sum, move), self.xx
+            xx += cross + cross.T + other.n * _outer(move, move)
             self.sum += other.n * move
         self.n += other.n
         self.sum += other.sum
-        self.xx += other.xx
+        total = self.xx
+        total += other.xx
+
+    @property
+    def xx(self) -> Any:
+        """Sum of the shifted rows' outer products, (dim, dim); on NumPy its upper triangle."""
+        return self._xx.total
 
     @property
     def mean(self) -> Any:
@@ -128,7 +132,8 @@ class RowSums:
         """Return sums from what :meth:`tensors` gave."""
         made = cls(len(tensors[f"{prefix}sum"]), shift=tensors[f"{prefix}shift"], precision=precision)
         made.n = int(tensors[f"{prefix}n"][0])
-        made.sum, made.xx = np.array(tensors[f"{prefix}sum"]), unpack(tensors[f"{prefix}xx"], made.dim)
+        made.sum = np.array(tensors[f"{prefix}sum"])
+        made._xx = Tiled(unpack(tensors[f"{prefix}xx"], made.dim))
         return made
 
 
@@ -236,6 +241,11 @@ class PairSums:
         self.n += block.n
         self.sum_o += block.sum_o
         self.sum_t += block.sum_t
+
+    def settle(self) -> None:
+        """Give back the memory that only further blocks would need."""
+        for sums in self._sums.values():
+            _ = sums.total
 
     def merge(self, other: PairSums) -> None:
         """Add the sums of another part, about whatever shift they are."""
