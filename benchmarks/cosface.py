@@ -3,8 +3,10 @@
 Steps of the published batch (512 rows of 4,096 numbers, rank 512, 10,000 classes) against the same products
 alone, from host memory and from a store, interleaved; against the straightforward loop (one ``.npy`` file an
 image, a DataLoader, full logits); the loss alone against pytorch-metric-learning's at 1,000, 10,000 and
-100,000 classes; and the seconds to a validation mAP from a random start, from gnull, and of gnull alone on
-analytic diffusion. Losses are compared before anything is timed.
+100,000 classes; and the seconds to 99 % of the better run's best validation mAP from a random start and from
+gnull, gnull's own seconds counted, on analytic diffusion. Losses are compared before anything is timed. The
+rows of an identity lie side by side in the store, as they do where images are encoded folder by folder: a
+batch reads runs of four rows.
 
     python -m benchmarks.cosface [--classes 10000] [--out FILE]
 """
@@ -59,23 +61,39 @@ def recipe(steps: int) -> CosFace:
 
 
 def seconds_a_step(source: Any, steps: int = STEPS) -> float:
-    """Return the median over steps of the training loop, the first two left out."""
+    """Return the mean over steps of the training loop, the first two left out."""
     times: list[float] = []
     train(recipe(steps + 2), source, progress=lambda *_: times.append(time.perf_counter()))
-    return statistics.median(np.diff(times)[1:])
+    return mean_step(times)
+
+
+def mean_step(ends: list[float]) -> float:
+    """Return the mean seconds of a step from when each ended, the first two left out.
+
+    Waiting for rows comes in lumps, one a block that is read ahead: a median step would leave it out.
+    """
+    return (ends[-1] - ends[1]) / (len(ends) - 2)
 
 
 def products(classes: int) -> Callable[[], float]:
-    """Return what runs the five products of a step on arrays that are there, and its seconds."""
+    """Return what runs the five products of a step on arrays that are there, and its median seconds."""
     rng = torch.Generator().manual_seed(0)
     x, W, dy = (torch.randn(shape, generator=rng) for shape in ((BATCH, DIM), (DIM, RANK), (BATCH, RANK)))
     C, y, p = (torch.randn(s, generator=rng) for s in ((classes, RANK), (BATCH, RANK), (BATCH, classes)))
+    # A step writes its logits and gradients into memory that it had before.
+    logits, d_classes, d_weights = (torch.empty_like(like) for like in (p, C, W))
+
+    def once() -> float:
+        start = time.perf_counter()
+        torch.mm(x, W)
+        torch.mm(y, C.T, out=logits)
+        torch.mm(p, C)
+        torch.mm(p.T, y, out=d_classes)
+        torch.mm(x.T, dy, out=d_weights)
+        return time.perf_counter() - start
 
     def run() -> float:
-        start = time.perf_counter()
-        for _ in range(3):
-            x @ W, y @ C.T, p @ C, p.T @ y, x.T @ dy
-        return (time.perf_counter() - start) / 3
+        return statistics.median(once() for _ in range(STEPS))
 
     return run
 
@@ -102,12 +120,12 @@ def draws(labels: np.ndarray, steps: int) -> Iterator[list[int]]:
 
 def plain_loss(x: Any, W: Any, C: Any, labels: Any) -> Any:
     cosine = functional.normalize(x @ W) @ functional.normalize(C).T
-    own = functional.one_hot(labels, len(C)).to(cosine.dtype)
-    return functional.cross_entropy(64.0 * (cosine - 0.35 * own), labels)
+    cosine[torch.arange(len(x)), labels] -= 0.35
+    return functional.cross_entropy(64.0 * cosine, labels)
 
 
 def plain_loop(root: Path, labels: np.ndarray, before: Callable[[], None], steps: int = STEPS) -> float:
-    """Return the median seconds a step of what one writes in an afternoon."""
+    """Return the mean seconds a step of what one writes in an afternoon, the first two left out."""
     before()
     W = torch.nn.Parameter(torch.randn(DIM, RANK) / DIM**0.5)
     C = torch.nn.Parameter(torch.randn(int(labels.max()) + 1, RANK) / RANK**0.5)
@@ -123,7 +141,7 @@ def plain_loop(root: Path, labels: np.ndarray, before: Callable[[], None], steps
         optimiser.step()
         float(loss.detach())
         times.append(time.perf_counter())
-    return statistics.median(np.diff(times)[1:])
+    return mean_step(times)
 
 
 def time_steps(root: Path, classes: int) -> list[Figure]:
@@ -237,7 +255,7 @@ def world(n: int, dim: int, per: int, alpha_bar: float, seed: int) -> tuple[np.n
 
 
 def time_starts(dim: int = 1024, n: int = 4000, per: int = 4, rank: int = 256) -> list[Figure]:
-    """Seconds until the validation mAP of the closed form is reached, from two starts."""
+    """Seconds until 99 % of the better run's best validation mAP, from two starts, beside the closed form."""
     o, g = world(n, dim, per, 0.1, 1)
     held, asked = world(1000, dim, 1, 0.1, 2)
     names = np.arange(len(held))
@@ -265,37 +283,42 @@ def time_starts(dim: int = 1024, n: int = 4000, per: int = 4, rank: int = 256) -
     cfg = replace(preset_auto(n, len(source.labels), dim, 120.0, rank=rank), validate_every=20, patience=None,
                   device="cpu")  # fmt: skip
 
-    def reached(init: np.ndarray | None) -> tuple[float, float, float]:
-        """Return seconds to the closed form's mAP (nan: never), the best mAP, and the start's."""
+    def course(init: np.ndarray | None, before: float) -> list[tuple[float, float]]:
+        """Return (seconds, validation mAP) at every validation, the start first; `before` it were so many."""
         told: list[dict[str, Any]] = []
-        kind = {} if init is None else {"init": init}
         result = train(
             replace(cfg, weight_init="random"),
             source,
             validate=lambda s: score(Projection(s.weights, s.weights)),
             observe=told.append,
-            **kind,
+            init=init,
         )
-        first = next((t["seconds"] for t in told if t["map"] >= closed_map), float("nan"))
-        if (result.start_map or 0.0) >= closed_map:
-            first = 0.0
-        return first, float(result.best_map or 0.0), float(result.start_map or 0.0)
+        return [(before, float(result.start_map or 0.0))] + [(before + t["seconds"], t["map"]) for t in told]
 
     note = f"{n:,} origins × {per}, d = {dim:,}, rank {rank}, analytic diffusion, ᾱ = 0.1"
     figures = [
         Figure("seconds", closed_seconds, "gnull alone", "method", unit="s", note=note),
         Figure("validation mAP", closed_map, "gnull alone", "method", unit="fraction", n=len(of)),
     ]
-    for name, init in (("cold", None), ("warm, from gnull", closed.query_map)):
-        first, best, began = reached(init)
-        what = "seconds to gnull's validation mAP"
-        note = "" if np.isfinite(first) else "never reached"
-        if np.isfinite(first):
-            figures.append(Figure(what, first, f"CosFace, {name}", "method", unit="s"))
-        figures.append(Figure("validation mAP, start", began, f"CosFace, {name}", "method", unit="fraction"))
-        figures.append(
-            Figure("validation mAP, best", best, f"CosFace, {name}", "method", unit="fraction", note=note)
+    courses = {
+        "CosFace, cold": course(None, 0.0),
+        "CosFace, warm, from gnull": course(closed.query_map, closed_seconds),
+    }
+    target = 0.99 * max(value for points in courses.values() for _, value in points)
+    for name, points in courses.items():
+        first = next((seconds for seconds, value in points if value >= target), None)
+        note = (
+            f"{target:.4f} was never reached" if first is None else f"gnull's {closed_seconds:.1f} s counted"
         )
+        best = max(value for _, value in points)
+        if first is not None:
+            what = f"seconds to 99 % of the best mAP ({target:.4f})"
+            figures.append(Figure(what, first, name, "method", unit="s", note=note if "warm" in name else ""))
+        for what, value in (("start", points[0][1]), ("best", best)):
+            told = note if first is None and what == "best" else ""
+            figures.append(
+                Figure(f"validation mAP, {what}", value, name, "method", unit="fraction", note=told)
+            )
     return figures
 
 

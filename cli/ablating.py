@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from cli import ablation_tables as tables
-from cli import account, measure, recipe, solving, sweeping, training
+from cli import account, measure, recipe, settling, training
 from cli.choosing import Judge
 from cli.collection import Collection, Queries
 from latentstore import results
@@ -20,7 +20,7 @@ from latentstore.encoders.devices import pick_device
 from latentstore.errors import UsageError
 from latentstore.results import Report
 from latentstore.schema import check_space
-from solvers.errors import NoPairsError
+from solvers.errors import NoPairsError, SolverError
 from solvers.heads import DEEPEST
 from solvers.losses import DEFAULTS
 from solvers.projection import Projection, identity_hash
@@ -29,6 +29,8 @@ from solvers.sgd import CosFace
 from solvers.training import TrainResult, train
 
 Say = Callable[[str], None]
+HARDLY = 0.01
+"""Of mAP: a variant that validation raises by less has learned next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class AblateOptions:
         unknown = [w for w in self.what if w not in tables.TABLES]
         if unknown or not self.what:
             raise UsageError(f"--what is {', '.join(unknown) or 'empty'}; use {', '.join(tables.TABLES)}.")
+        recipe.check_budget(self.budget)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -149,11 +152,7 @@ def ablate(
         The training split has no pairs.
     """
     began = time.perf_counter()
-    for path in (out, table):
-        if path is not None:
-            solving.check_writable(path)
-    if plot is not None:
-        sweeping.check_plot(plot)
+    settling.check_files(out=out, csv=table, plot=plot)
     collection = Collection.open(store)
     collection.require_gallery()
     if not len(collection.pairs("train")[1]):
@@ -165,11 +164,27 @@ def ablate(
     groups = _groups(collection, queries)
     plan = _plan(collection, options)
     judge = Judge.of(collection, collection.queries("validation"), collection.store.layout.dim)
-    runs = {}
+    runs: dict[CosFace, TrainResult] = {}
+    lost: list[str] = []
     todo = list(dict.fromkeys(plan.values()))
     for at, cfg in enumerate(todo, start=1):
         say(f"{at} of {len(todo)}: {tables.run_name(cfg)}, at most {cfg.steps:,} steps")
-        runs[cfg] = _run(collection, cfg, judge, progress)
+        try:
+            runs[cfg] = _run(collection, cfg, judge, progress)
+        except (KeyboardInterrupt, SolverError) as error:
+            if isinstance(error, KeyboardInterrupt) and not runs:
+                raise KeyboardInterrupt(
+                    "Stopped before the first variant was trained: nothing was kept."
+                ) from None
+            if not runs and at == len(todo):
+                raise
+            lost.append(f"{tables.run_name(cfg)}: {str(error) or 'stopped by hand'}")
+            if isinstance(error, KeyboardInterrupt):
+                lost += [f"{tables.run_name(c)}: not begun" for c in todo[at:]]
+                break
+    if not runs:
+        raise UsageError(f"None of the variants could be trained. {lost[0]}")
+    plan = {key: cfg for key, cfg in plan.items() if cfg in runs}
     trained = time.perf_counter()
     maps = {tables.run_name(cfg): _map(collection, cfg, result, judge) for cfg, result in runs.items()}
     widest = max(cfg.rank for cfg in runs)
@@ -210,7 +225,10 @@ def ablate(
         reproduce=[command] if command else [],
         figures=tables.figures(plan, runs, rows, gaps, measured),
         curves=tables.curves(rows),
-        caveats=_caveats(collection, groups, measured, runs, judge),
+        caveats=[
+            *(f"Left out: {text}" for text in lost),
+            *_caveats(collection, groups, measured, runs, judge),
+        ],
         timings={"train": trained - began, "evaluate": time.perf_counter() - trained},
         **results.stamp(),
     )
@@ -346,6 +364,16 @@ def _caveats(
         )
     if judge is None:
         out.append("There are no validation queries: every variant is that of its last step.")
+    idle = [
+        tables.run_name(cfg)
+        for cfg, r in runs.items()
+        if r.best_map is not None and r.start_map is not None and r.best_map < r.start_map + HARDLY
+    ]
+    if idle:
+        out.append(
+            f"On validation hardly better than their random start (by less than {100 * HARDLY:g} point): "
+            f"{'; '.join(idle)}. Too little training to tell them apart: give more --steps or --budget."
+        )
     cut = [tables.run_name(cfg) for cfg, result in runs.items() if result.stopped_early == "max_seconds"]
     if cut:
         out.append(f"The clock ended before the steps did, which favours the others: {'; '.join(cut)}.")

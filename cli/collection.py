@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from solvers.projection import Projection
 from solvers.sums import RowSums
 
 Rows = npt.NDArray[np.int64]
+OnPass = Callable[[int], streams.OnRows]
+"""Told how many rows a pass will read; returns what counts them."""
 BLOCK = 1024
 HELD = 128 << 20
 """Bytes of latents that are kept in memory because many maps are applied to them one after the other."""
@@ -70,7 +72,7 @@ class Collection:
         for name in names:
             setattr(self, name, np.asarray(table[name].to_pylist(), dtype=object))
         self.ok = store.status() == OK
-        self.on_pass: streams.OnRows | None = None
+        self.on_pass: OnPass | None = None
         self._held: dict[bytes, npt.NDArray[np.floating[Any]]] = {}
 
     path: npt.NDArray[Any]
@@ -212,12 +214,13 @@ class Collection:
             # Fewer rows than dimensions: their span is cheaper, and read at once.
             if len(own) + len(origins) < dim:
                 return None
-            return self._kept_pass("train").settled(self.on_pass)
+            kept = self._kept_pass("train")
+            return kept.settled(self._counted(sum(len(t.translations) for t in kept.todo())))
 
         def sums() -> RowSums | None:
             if len(self.gallery) < dim:
                 return None
-            return gallery.gallery_sums(self.store, self.gallery, on_rows=self.on_pass)
+            return gallery.gallery_sums(self.store, self.gallery, on_rows=self._counted(len(self.gallery)))
 
         return PairData(
             dim=dim,
@@ -231,6 +234,10 @@ class Collection:
             moments_source=moments,
             gallery_sums_source=sums,
         )
+
+    def _counted(self, rows: int) -> streams.OnRows | None:
+        """Return what counts the rows of a pass, where somebody watches."""
+        return None if self.on_pass is None or not rows else self.on_pass(rows)
 
     def _kept_pass(self, split: str) -> passes.PairPass:
         """Return the pass that is kept complete, in whatever parts; else the default one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,8 +110,10 @@ def compare(
     found = Found(dim, [FIRST])
     if maps:
         _compare_files(maps, found)
+    settings: dict[str, Any] = {}
     if collection is not None:
-        compare_models(collection, refit or RefitOptions(), maps, found, on_start=on_start, on_fit=on_fit)
+        asked = refit or RefitOptions()
+        settings = compare_models(collection, asked, maps, found, on_start=on_start, on_fit=on_fit).settings
     found.summary.insert(1, _counted(found.figures))
     found.caveats.insert(0, found.spread)
     report = Report(
@@ -124,7 +127,7 @@ def compare(
             "models": found.models,
             **({} if store is None else {PAPER_TABLE: PRINTED}),
         },
-        settings={} if store is None else (refit or RefitOptions()).settings,
+        settings=settings,
         reproduce=[command] if command else [],
         figures=found.figures,
         curves=found.curves,

@@ -135,6 +135,8 @@ class Course:
         self.judge, self.followed, self.log, self.say = judge, list(followed), log, say
         self.records: list[dict[str, Any]] = []
         self._earlier = _read(log) if resumed and log is not None else []
+        if not resumed:
+            self._write([], "w")  # lines of another run
         self._found: list[dict[str, Any]] = []
 
     def validate(self, snapshot: Any) -> float:
@@ -145,6 +147,9 @@ class Course:
         cosine = {k: v for sample in self.followed for k, v in sample.cosines(W).items()}
         found = {"step": snapshot.step, "map": ranking.map, "acc": ranking.acc, "cosine": cosine}
         self._found.append(found)
+        if snapshot.step == 0:
+            # A run that is stopped before its next validation goes on without judging its start again.
+            self._write([{"loss": None, **found}], "a")
         return ranking.map
 
     def observe(self, record: dict[str, Any]) -> None:
@@ -156,13 +161,17 @@ class Course:
 
     def _begin(self, step: int) -> None:
         """Take up the log of the run so far, or begin one with the start."""
+        # Of several starts that were judged the best was taken, the first among equals.
+        starts = [r for r in self._earlier if r["step"] == 0]
+        fresh = [{"loss": None, **f} for f in self._found if f["step"] == 0]
         # What a killed run wrote after its last checkpoint is found again, and would stand there twice.
-        self.records = [r for r in self._earlier if r["step"] < step]
-        self._write(self.records, "w")
-        starts = [f for f in self._found if f["step"] == 0]
-        if starts:
-            # Of several starts that were judged the best was taken, the first among equals.
-            self._add({"loss": None, **max(starts, key=lambda f: float(f["map"]))})
+        held = ([max(starts, key=_map)] if starts else []) + [
+            r for r in self._earlier if 0 < r["step"] < step
+        ]
+        self.records = held
+        self._write(held, "w")
+        if fresh:
+            self._add(max(fresh, key=_map))
 
     def _add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -214,6 +223,10 @@ def line(record: dict[str, Any]) -> str:
     shown += [f"{max(strangers):.2f} non-pairs"] if strangers else []
     parts += [f"cosine {', '.join(shown)}"] if shown else []
     return f"step {record['step']:,}: {'; '.join(parts)}"
+
+
+def _map(record: dict[str, Any]) -> float:
+    return float(record["map"])
 
 
 def _percent(value: float | None) -> float | None:

@@ -103,9 +103,13 @@ def _import(
             )
     if weight:
         path = out or Path("W-imported.safetensors")
-        W = importing.run_import_weight(published, path, space_of=space_of, latent_shape=shape, key=key)
+        notes: list[str] = []
+        W = importing.run_import_weight(
+            published, path, space_of=space_of, latent_shape=shape, key=key, on_note=notes.append
+        )
         facts = {"projection": str(path), "dim": W.dim, "rank": W.rank, "space_id": W.space_id}
-        render.emit({**facts, **W.provenance}) if json_ else render.say(importing.imported_weight(W, path))
+        said_of_it = "\n".join([importing.imported_weight(W, path), *(f"  {note}" for note in notes)])
+        render.emit({**facts, **W.provenance, "notes": notes}) if json_ else render.say(said_of_it)
         return
     kept: Any = posterior and posterior.value
     said = importing.Said(encoder_name, space_of, shape, image_size, kept)

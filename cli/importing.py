@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cli.render import counted, printable
+from cli.settling import check_writable, replaced
 from latentstore.encode import EncodeSummary
 from latentstore.errors import UsageError
 from latentstore.features import PUBLISHED_SHAPE, Features
@@ -160,6 +162,7 @@ def run_import_weight(
     space_of: Path | None = None,
     latent_shape: Shape | None = None,
     key: str | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Projection:
     """Write a published weight as a Projection.
 
@@ -174,12 +177,15 @@ def run_import_weight(
         Of the latents, where no store tells; their length tells how the weight is turned.
     key : str, optional
         The tensor, where the file holds several.
+    on_note : callable, optional
+        Called with what else is to be told: that another W was replaced.
 
     Raises
     ------
     UsageError
     ProjectionFormatError
     """
+    check_writable(out)
     if not weight.is_file():
         raise UsageError(f"There is no weight {weight} (looked in {Path.cwd()}).")
     if out.suffix != SAFETENSORS:
@@ -191,8 +197,24 @@ def run_import_weight(
         raise UsageError(f"--space-of {space_of} says the latents' shape; leave --latent-shape out.")
     dim = math.prod(latent_shape or PUBLISHED_SHAPE) if space is None else space.dim
     W = Projection.from_weight(weight, dim=dim, key=key, space_id="" if space is None else space.id)
+    notes = _replaced(out, W)
     W.save(out)
+    if on_note is not None:
+        for note in notes:
+            on_note(note)
     return W
+
+
+def _replaced(out: Path, W: Projection) -> list[str]:
+    """Say that another W stood where one is about to be written. Imported ones are told by their numbers."""
+    notes = replaced(out, W)
+    if notes or not out.exists():
+        return notes
+    old = Projection.load(out)
+    if old.query_map.shape == W.query_map.shape and (old.query_map == W.query_map).all():
+        return []
+    shape = " x ".join(str(n) for n in old.query_map.shape)
+    return [f"{out} was replaced: it held another W ({old.method}, {shape})."]
 
 
 def imported(summary: EncodeSummary) -> str:

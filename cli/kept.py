@@ -14,8 +14,8 @@ from latentstore.errors import StoreWriteError, UsageError
 from latentstore.files import check_room
 from latentstore.store import LatentStore, open_store
 
-PAIR_MATRICES, PART_MATRICES, ROW_MATRICES = 13, 6, 7
-"""Of dim x dim that a fit on pairs, a part's sums, or a spectrum of rows holds at once."""
+PAIR_MATRICES, PART_MATRICES, MERGE_MATRICES, ROW_MATRICES = 13, 6, 8, 7
+"""Of dim x dim that a fit on pairs, a part's sums, a merge of two, or a spectrum of rows holds at once."""
 STALE = 3600
 """Seconds after which an unfinished file is nobody's: no part takes so long."""
 

@@ -125,8 +125,7 @@ class SolveOptions:
             )
         unread = [] if with_cosface else [k for k in trained if not (simulate and k == "seed")]
         check_foreign(method, [*given, *unread, *([] if with_cosface else numbers)])
-        if not 1 <= trained.get("budget", 1) < float("inf"):
-            raise UsageError(f"--budget is {trained['budget']}; it must be a number of seconds, at least 1.")
+        recipe.check_budget(trained.get("budget"))
         made = cls(
             method,
             cls.rank if rank is None else rank,

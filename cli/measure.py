@@ -20,7 +20,7 @@ from solvers.metrics import (
     chance_map,
     paired_bootstrap,
     refuse_leak,
-    residual_ratio,
+    residual_of_blocks,
 )
 from solvers.projection import Projection
 from solvers.selection import controls
@@ -288,7 +288,6 @@ def residuals(collection: Collection, projection: Projection, random: Projection
     origins, translated = collection.pairs(split)
     if not len(origins) or not get(projection.method).needs_pairs:
         return []
-    o, g = collection.read(origins).astype(np.float64), collection.read(translated).astype(np.float64)
     mean = collection.data.gallery_spectrum.mean
     same_rank = random.truncated(min(random.rank, projection.rank))
     out = []
@@ -297,11 +296,13 @@ def residuals(collection: Collection, projection: Projection, random: Projection
         out.append(
             Figure(
                 "held-out residual",
-                residual_ratio(one_map, o, g),
+                residual_of_blocks(
+                    one_map, zip(collection.blocks(origins), collection.blocks(translated), strict=True)
+                ),
                 subject,
                 "note",
                 split,
-                n=len(o),
+                n=len(origins),
                 note=f"‖TW‖/‖(O−μ)W‖ at rank {p.rank}; lower moves less under translation, 0 is exact",
             )
         )

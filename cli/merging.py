@@ -23,7 +23,7 @@ def merge_two(first: Path, second: Path, out: Path) -> None:
     total.save(out)
 
 
-def merge_tree(parts: list[Path], out: Path, client: Any = None) -> None:
+def merge_tree(parts: list[Path], out: Path, client: Any = None, *, at_once: int = 1) -> None:
     """Merge neighbours, then neighbours of what came of them, until one file is left.
 
     Parameters
@@ -31,7 +31,9 @@ def merge_tree(parts: list[Path], out: Path, client: Any = None) -> None:
     parts : list of Path
         Two or more.
     client : dask.distributed.Client, optional
-        Its workers merge the pairs of a level at the same time.
+        Its workers merge pairs of a level at the same time.
+    at_once : int
+        Merges under way at a time: each worker holds both sums of its own, and may be on this machine.
     """
     level, row, made = 0, list(parts), list[Path]()
     try:
@@ -43,7 +45,7 @@ def merge_tree(parts: list[Path], out: Path, client: Any = None) -> None:
                 out if last else out.with_name(f".{out.stem}-{level}-{i}.partial") for i in range(len(pairs))
             ]
             made += [] if last else above
-            _merge_level([(a, b, c) for (a, b), c in zip(pairs, above, strict=True)], client)
+            _merge_level([(a, b, c) for (a, b), c in zip(pairs, above, strict=True)], client, at_once)
             row = above + row[2 * len(pairs) :]
     finally:
         for path in made:
@@ -51,10 +53,16 @@ def merge_tree(parts: list[Path], out: Path, client: Any = None) -> None:
                 path.unlink()
 
 
-def _merge_level(jobs: list[tuple[Path, Path, Path]], client: Any) -> None:
+def _merge_level(jobs: list[tuple[Path, Path, Path]], client: Any, at_once: int) -> None:
     if client is None:
         for job in jobs:
             merge_two(*job)
         return
-    futures = [client.submit(merge_two, *(p.absolute() for p in job), pure=False) for job in jobs]
-    client.gather(futures)
+    from dask.distributed import as_completed
+
+    for at in range(0, len(jobs), at_once):
+        own = [[p.absolute() for p in job] for job in jobs[at : at + at_once]]
+        futures = [client.submit(merge_two, *job, pure=False) for job in own]
+        for _ in as_completed(futures, loop=client.loop):
+            pass  # all of them, also where one fails: what the others write is deleted afterwards
+        client.gather(futures)

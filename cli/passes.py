@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from cli.gallery import SHARE
 from cli.kept import (
+    MERGE_MATRICES,
     PAIR_MATRICES,
     PART_MATRICES,
     STALE,
@@ -29,6 +30,7 @@ from cli.kept import (
     check_unchanged,
     folder_of,
     forget,
+    free_memory,
     prepare_folder,
     writable,
 )
@@ -170,11 +172,13 @@ class PairPass:
         """
         todo = self.todo()
         if not todo:
+            with suppress(OSError, StoreWriteError):  # of a store that can be read alone
+                self._keep_plan()
             self._keep_total(client)
             self._sweep()
             return 0
         prepare_folder(self.folder, self.store, sum(map(self._bytes, todo)))
-        check_memory(self.store.layout.dim, PART_MATRICES)
+        check_memory(self.store.layout.dim, PART_MATRICES if len(self.tasks) < 2 else MERGE_MATRICES)
         if client is None:
             for task in todo:
                 self._maker(task)(on_rows=on_rows)
@@ -186,11 +190,16 @@ class PairPass:
                 future.result()
                 if on_rows is not None:
                     on_rows(len(futures[future].translations), 0)
+        self._keep_plan()
         self._keep_total(client)
-        name = "plan-{parts}{}.json".format("-models" * self.asked["models"], **self.asked)
-        write_atomic(self.folder / name, json.dumps(self.asked).encode())
         self._sweep()
         return len(todo)
+
+    def _keep_plan(self) -> None:
+        """Write down what was asked, once all parts are kept: fits then take them up, merged or not."""
+        path = self.folder / "plan-{parts}{}.json".format("-models" * self.asked["models"], **self.asked)
+        if self.tasks and not path.is_file():
+            write_atomic(path, json.dumps(self.asked).encode())
 
     def _sweep(self) -> None:
         """Delete what was kept of latents that have changed since, unless another process may be at it."""
@@ -215,14 +224,18 @@ class PairPass:
             return
         several = len(pairs) < len(self.tasks)
         out = self.folder / f".{self.total.stem}.partial" if several else self.total
+        at_once = max(1, free_memory() // (MERGE_MATRICES * 8 * self.store.layout.dim**2))
         # A damaged part is summed anew by moments(), which need not have a total.
         with suppress(OSError, ProjectionFormatError, SolverWriteError):
-            merge_tree([self.path(t) for t in pairs], out, client)
-            if several:
-                total = Moments.load(out)[0]
-                total.origins = self._all_origins(self.tasks)
-                total.save(self.total)
-                out.unlink()
+            try:
+                merge_tree([self.path(t) for t in pairs], out, client, at_once=at_once)
+                if several:
+                    total = Moments.load(out)[0]
+                    total.origins = self._all_origins(self.tasks)
+                    total.save(self.total)
+            finally:
+                if several:
+                    forget(out)
 
     def _all_origins(self, tasks: Sequence[Task]) -> RowSums:
         """Return the origins of the parts, each once however many models translated it."""
@@ -255,8 +268,12 @@ class PairPass:
             No pairs are left.
         """
         if model is None and not without:
-            with suppress(OSError, ProjectionFormatError):
+            try:
                 return Moments.load(self.total)[0]
+            except ProjectionFormatError:
+                forget(self.total)  # the next run makes it anew
+            except OSError:
+                pass
         chosen = [t for t in self.tasks if t.part not in without]
         if model is not None:
             chosen = [t for t in chosen if t.model == model]

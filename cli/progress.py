@@ -149,6 +149,20 @@ def steps(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, fl
         yield draw
 
 
+@contextmanager
+def passes(label: str, *, quiet: bool = False) -> Iterator[Callable[[int], Callable[[int, int], None]]]:
+    """Yield what is told how many rows a pass will read, and returns what counts them."""
+    with tracked(label, "rows", first="fitting", quiet=quiet) as shown:
+
+        def begin(rows: int) -> Callable[[int, int], None]:
+            shown.done = 0
+            shown._marks.clear()
+            shown.on_start(rows, rows)
+            return shown.on_rows
+
+        yield begin
+
+
 def _stepped(shown: Progress) -> Callable[[int, int, float], None]:
     """Return a callback (step, steps, loss) that counts steps, of one run after the other, from any step."""
 

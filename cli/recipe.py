@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,17 @@ _ELSEWHERE = {"rank", "seed", "max_seconds", "head", "layers", "latent_shape"}
 def fields() -> tuple[str, ...]:
     """Return the numbers of the recipe that are options, read off the method."""
     return tuple(f.name for f in dataclasses.fields(CosFace) if f.name not in _ELSEWHERE)
+
+
+def check_budget(seconds: float | None) -> None:
+    """Refuse a budget that is no time.
+
+    Raises
+    ------
+    UsageError
+    """
+    if seconds is not None and not 1 <= seconds < math.inf:
+        raise UsageError(f"--budget is {seconds:g}; it must be a number of seconds, at least 1.")
 
 
 def build(
@@ -57,7 +69,8 @@ def build(
     if preset == "paper":
         base = replace(preset_paper(rank=rank, seed=seed), max_seconds=budget)
     elif preset == "auto":
-        base = preset_auto(n_identities, n_rows, dim, budget or BUDGET, rank=rank, seed=seed)
+        seconds = BUDGET if budget is None else budget
+        base = preset_auto(n_identities, n_rows, dim, seconds, rank=rank, seed=seed)
     else:
         raise UsageError(f"--preset is {preset!r}; use auto or paper.")
     given = {"class_init": "means", **named} if warm else dict(named)

@@ -213,13 +213,16 @@ def less(total: Moments, part: Moments) -> Moments:
     zero in every other part is zero again, exactly.
     """
     left = Moments(total.dim, shift=total.pairs.shift, precision=total.precision)
-    sides: tuple[tuple[Any, Any, Any, tuple[str, ...]], ...] = (
-        (left.pairs, total.pairs, part.pairs, ("n", "sum_o", "sum_t", "oo", "ot", "tt")),
-        (left.origins, total.origins, part.origins, ("n", "sum", "xx")),
+    left.merge(total)
+    sides: tuple[tuple[Any, Any, tuple[str, ...]], ...] = (
+        (left.pairs, part.pairs, ("sum_o", "sum_t", "oo", "ot", "tt")),
+        (left.origins, part.origins, ("sum", "xx")),
     )
-    for into, whole, own, names in sides:
+    for into, own, names in sides:
+        into.n -= own.n
         for name in names:
-            setattr(into, name, getattr(whole, name) - getattr(own, name))
+            sums = getattr(into, name)
+            sums -= getattr(own, name)
     return left
 
 

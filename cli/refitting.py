@@ -22,12 +22,14 @@ from latentstore.results import Figure, Role
 from solvers.data import PairData
 from solvers.gallery_maps import RandomSubspace
 from solvers.methods import METHODS, build, check_rank, get
-from solvers.metrics import residual_ratio
+from solvers.metrics import residual_of_blocks
 from solvers.projection import Projection
 from solvers.spectra import MapSpectrum, cos_phi, is_flat, map_spectrum, random_band, singular_values
 
 ORTHONORMAL = ("svd", "procrustes")
 """Methods whose maps have orthonormal columns, whatever they are fitted on."""
+RANK = 512
+"""Columns of the fits where none were named."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class RefitOptions:
     ----------
     method : str
         A closed form that learns from pairs.
-    rank : int
+    rank : int or None
+        None is :data:`RANK`, or as many as the latents have dimensions.
     knobs : mapping
         Fields of the method; those not named are at their defaults.
     repeats : int
@@ -49,7 +52,7 @@ class RefitOptions:
     """
 
     method: str = "gnull"
-    rank: int = 512
+    rank: int | None = None
     knobs: Mapping[str, Any] = field(default_factory=dict)
     repeats: int = 10
     seed: int = 0
@@ -95,6 +98,21 @@ class RefitOptions:
             )
         check_foreign(self.method, list(self.knobs))
 
+    def settled(self, dim: int) -> tuple[RefitOptions, list[str]]:
+        """Return the options with a rank that latents of some length can have, and what is to be said of it.
+
+        Raises
+        ------
+        SolverUsageError
+            A rank was named, and is larger.
+        """
+        if self.rank is not None or dim >= RANK:
+            rank = RANK if self.rank is None else self.rank
+            check_rank(rank, dim)
+            return replace(self, rank=rank), []
+        note = f"The fits have rank {dim}, not the usual {RANK}: the latents have {dim} dimensions."
+        return replace(self, rank=dim), [note]
+
     @property
     def settings(self) -> dict[str, Any]:
         """What the report says of the fits."""
@@ -128,8 +146,10 @@ def compare_models(
     *,
     on_start: OnStart | None = None,
     on_fit: OnRows | None = None,
-) -> None:
+) -> RefitOptions:
     """Fit every model of a store again and again; add cos φ ± and the cross residuals.
+
+    Returns the options as they were settled.
 
     Raises
     ------
@@ -143,7 +163,8 @@ def compare_models(
                 f"{collection.store.layout.dim}. Give the store that the maps were fitted on."
             )
         p.check_space(collection.store.space.id)
-    check_rank(options.rank, collection.store.layout.dim)
+    options, notes = options.settled(collection.store.layout.dim)
+    found.caveats += notes
     models = ModelPairs.by_model(collection, options.jackknife)
     few = [m for m, pairs in models.items() if pairs.identities.max() < 1]
     if not models or few:
@@ -182,6 +203,7 @@ def compare_models(
     else:
         _resampled(options, refits, found)
     found.figures += _cross_residuals(collection, fits, found)
+    return options
 
 
 def _parts(collection: Collection, models: Mapping[str, ModelPairs], asked: int) -> list[int]:
@@ -322,11 +344,14 @@ def _cross_residuals(collection: Collection, fits: dict[str, Projection], found:
     out = []
     note = "‖TW‖/‖(O−μ)W‖ on test pairs; lower moves less under translation"
     for b, (o_rows, g_rows) in test.items():
-        o, g = collection.read(o_rows).astype(np.float64), collection.read(g_rows).astype(np.float64)
         for (subject, role), side in sides.items():
-            ratio = residual_ratio(replace(side, reference_map=side.query_map, center=mean), o, g)
+            one_map = replace(side, reference_map=side.query_map, center=mean)
+            blocks = zip(collection.blocks(o_rows), collection.blocks(g_rows), strict=True)
+            ratio = residual_of_blocks(one_map, blocks)
             if math.isfinite(ratio):
-                out.append(Figure("cross residual", ratio, subject, role, f"T of {b}", n=len(o), note=note))
+                out.append(
+                    Figure("cross residual", ratio, subject, role, f"T of {b}", n=len(o_rows), note=note)
+                )
     return out
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.ablation_tables import PAPER, SEEN, TABLES, UNSEEN
-from cli.render import percent, table
+from cli.render import folded, percent
 
 if TYPE_CHECKING:
     from cli.ablation_tables import Ablated, Row
@@ -44,7 +44,7 @@ def _table(ablated: Ablated, name: str, here: Sequence[Row], groups: Sequence[st
         known = PAPER.get((name, variant))
         cells.append("" if known is None else f"{known[0]} / {known[2]}")
         lines.append([*cells, f"{first.parameters:,}", f"{first.multiply_adds:,}", str(first.step)])
-    return table(header, lines)
+    return folded(header, lines)
 
 
 def _headers(groups: Sequence[str]) -> list[str]:
@@ -70,7 +70,7 @@ def _controls(ablated: Ablated, groups: Sequence[str]) -> str:
             seen, unseen = (found.get((name, group, "mAP")) for group in (SEEN, UNSEEN))
             cells.append("" if seen is None or unseen is None else _signed(seen.value - unseen.value, None))
         lines.append(cells)
-    return table(["", *_headers(groups), *["gap"] * bool(ablated.gaps)], lines)
+    return folded(["", *_headers(groups), *["gap"] * bool(ablated.gaps)], lines)
 
 
 def _signed(value: float, interval: tuple[float, float] | None) -> str:

@@ -99,7 +99,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     shown = [c for c in curves if c.plot == SPECTRUM]
     for curve in (c for c in shown if c.role == "control"):
         look: dict[str, Any] = {"color": PAPER["control"], "linewidth": 1.2, "linestyle": "--", "zorder": 1}
-        axes.plot(curve.x, curve.y, label=f"{curve.label}: mean", **look)
+        axes.plot(curve.x, curve.y, label=f"{curve.label}: mean", marker=_marker(curve), **look)
         if curve.low is not None and curve.high is not None:
             label = f"{curve.label}: 95 % of each singular value (not the random band of cos φ)"
             shade: dict[str, Any] = {"color": PAPER["control"], "alpha": 0.2, "linewidth": 0}
@@ -113,18 +113,25 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
             color=PAPER[f"m{i % HUES + 1}"],
             linestyle=DASHES[i // HUES % len(DASHES)],
             linewidth=2.0,
+            marker=_marker(curve),
         )
     axes.set_yscale("log")
     # Zero singular values have no place on this axis.
     least = min(y for c in shown for y in c.y if y > 0)
     axes.set_ylim(least / 1.5, 1.5)
-    axes.set_xlim(1, max(c.x[-1] for c in shown))
+    most = max(c.x[-1] for c in shown)
+    axes.set_xlim(*((1, most) if most > 1 else (0, 2)))
     axes.grid(color=PAPER["rule"], linewidth=0.8)
     axes.set_xlabel(shown[0].x_label)
     axes.set_ylabel(shown[0].y_label)
     axes.set_title("Singular values of W", fontsize=11, loc="left")
     axes.legend(fontsize=8, frameon=False)
     canvas.savefig(path, format="png", facecolor=PAPER["ground"], metadata={"Software": None})
+
+
+def _marker(curve: Curve) -> str:
+    """Return a dot for the spectrum of a map of one column, through which no line goes."""
+    return "o" if len(curve.x) == 1 else ""
 
 
 def _number(report: Report, name: str, subject: str, form: str) -> str:

@@ -52,4 +52,5 @@ def draw(curves: Sequence[Curve], best: int | None, path: Path) -> None:
         axes.grid(color=PAPER["rule"], linewidth=0.8)
         # Below the axes: inside them it would lie on one curve or another.
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=1)
+    canvas.draw_without_rendering()  # a first drawing settles the layout, with the legends below the axes
     canvas.savefig(path, format="png", facecolor=PAPER["ground"], metadata={"Software": None})

@@ -59,6 +59,8 @@ def check_files(**named: Path | None) -> None:
     for name, path in named.items():
         if path is not None:
             check_writable(path, f"--{name}")
+            if name == "plot" and path.suffix.lower() != ".png":
+                raise UsageError(f"--plot is {path}; the picture is a PNG. Give the name such an ending.")
 
 
 def check_start(options: SolveOptions, init: Path | None) -> None:

@@ -133,6 +133,12 @@ def solve(
         float | None,
         typer.Option(help="Share of the steps at which the rate's rise ends.", rich_help_panel=_PANEL),
     ] = None,
+    warmup_from: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the rate at which its rise begins.", show_default="0.01", rich_help_panel=_PANEL
+        ),
+    ] = None,
     flat: Annotated[
         float | None,
         typer.Option(help="Share of the steps at which its cosine decay begins.", rich_help_panel=_PANEL),
@@ -161,6 +167,14 @@ def solve(
         bool | None,
         typer.Option(
             "--ema/--no-ema", help="Average W over the steps.", show_default="yes", rich_help_panel=_PANEL
+        ),
+    ] = None,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest share of the average that a step keeps.",
+            show_default="0.9999",
+            rich_help_panel=_PANEL,
         ),
     ] = None,
     weight_init: Annotated[
@@ -248,7 +262,9 @@ def solve(
     A training run that is stopped or killed goes on with the same command, from its checkpoint beside W.
     """
     from cli import knobs, render, solving
+    from cli.progress import passes
     from cli.training import Run
+    from solvers.methods import get
 
     knobs.check_name(method)
     knobs.check_run(
@@ -283,12 +299,14 @@ def solve(
         lr=lr,
         relative_lr=relative_lr,
         warmup=warmup,
+        warmup_from=warmup_from,
         flat=flat,
         schedule_every=schedule_every,
         loss=loss and loss.value,
         scale=scale,
         margin=margin,
         ema=ema,
+        ema_decay=ema_decay,
         weight_init=weight_init and weight_init.value,
         class_init=class_init and class_init.value,
         validate_every=validate_every,
@@ -306,7 +324,12 @@ def solve(
         checkpoint_every=Run.checkpoint_every if checkpoint_every is None else checkpoint_every,
     )
     # The lines of auto and a bar would write over each other.
-    with render.steps(method, quiet=json_ or method == knobs.AUTO or not leads()) as progress:
+    silent = json_ or method == knobs.AUTO or not leads()
+    trained = method != knobs.AUTO and get(method).needs_torch
+    with (
+        render.steps(method, quiet=silent or not trained) as progress,
+        passes(method, quiet=silent or trained) as on_pass,
+    ):
         solved = solving.solve(
             store,
             out,
@@ -316,6 +339,7 @@ def solve(
             say=(lambda text: None) if json_ else render.note,
             command=command_line(),
             run=run,
+            on_pass=on_pass,
         )
     if solved is not None:
         render.emit(solved.report.to_dict()) if json_ else render.say(render.solved(solved, solved.out))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cli import account, auto, choosing, measure, settling
-from cli.collection import Collection, Queries
+from cli.collection import Collection, OnPass, Queries
 from cli.knobs import AUTO, SolveOptions, check_name, has_rank
 from cli.settling import check_writable as check_writable
 from cli.settling import load_projection as load_projection
@@ -163,6 +163,7 @@ def solve(
     say: auto.Say = lambda text: None,
     command: str = "",
     run: Run | None = None,
+    on_pass: OnPass | None = None,
 ) -> Solved | None:
     """Fit, write the Projection, evaluate it on the test split, and write the results beside it.
 
@@ -174,6 +175,8 @@ def solve(
         Another store whose validation queries choose and whose test queries measure.
     run : Run, optional
         How a training run starts and what it keeps beside ``out``.
+    on_pass : callable, optional
+        Told how many rows a pass over the store will read; returns what counts them.
 
     Returns
     -------
@@ -187,6 +190,7 @@ def solve(
     settling.check_start(options, run.init)
     world = settling.world(options)
     collection = Collection.open(store)
+    collection.on_pass = on_pass
     asked = collection
     if queries is not None:
         asked = Collection.open(queries)
@@ -205,10 +209,9 @@ def solve(
         return None
     fitted = time.perf_counter()
     notes += settling.replaced(out, projection)
+    results_path(out).unlink(missing_ok=True)  # they are another W's
     projection.save(out)
     trained = facts.pop("curves", None)
-    if trained is not None:
-        finished(run, trained, facts.get("best_step"))
     control_set = measure.fit_controls(collection, projection.rank)
     if options.method == AUTO:
         control_set |= auto.rival(collection, options, choices)
@@ -255,6 +258,8 @@ def solve(
         **results.stamp(),
     )
     report.write(results_path(out))
+    if trained is not None:
+        finished(run, trained, facts.get("best_step"))
     return Solved(projection, report, {**facts, "choices": choices}, evaluation, out)
 
 

@@ -17,7 +17,7 @@ from cli.choosing import Judge
 from cli.collection import Collection, Queries, Rows
 from cli.curves import Course, samples
 from cli.guard import stoppable
-from cli.knobs import SolveOptions
+from cli.knobs import SolveOptions, listed
 from cli.simulating import SimulatedPairs
 from latentstore.encoders.devices import pick_device
 from latentstore.errors import UsageError
@@ -178,6 +178,7 @@ def fit_cosface(
     source, place, left = placed(data, cfg, keep.latents, device)
     say(place.sentence)
     notes = _without(data)
+    notes += _partly(init)
     for text in notes:
         say(text)
     silent = run is None or not run.leads
@@ -187,12 +188,19 @@ def fit_cosface(
     course = Course(judge, followed, log=keep.log_file, resumed=resumed, say=shown)
     if resumed:
         say(f"Going on from {keep.checkpoint} (--fresh starts anew).")
+    losses: list[float] = []
+
+    def stepped(step: int, steps: int, loss: float) -> None:
+        losses[1:] = [loss]  # the first and the last
+        if progress is not None:
+            progress(step, steps, loss)
+
     with nullcontext(lambda: None) if keep.checkpoint is None else stoppable(say) as came:
         try:
             fitted = cfg.fit(
                 source,
                 validate=None if judge is None else course.validate,
-                progress=progress,
+                progress=stepped,
                 observe=course.observe,
                 checkpoint=_checkpoint(keep, data, asked, init),
                 init=None if init is None else np.ascontiguousarray(init.query_map[:, :rank]),
@@ -207,14 +215,14 @@ def fit_cosface(
             ) from None
         except CheckpointError as error:
             raise UsageError(f"{error} --fresh starts anew in its place.") from error
-    notes += _early(fitted.report, cfg)
+    notes += _early(fitted.report, cfg) + _untrained(fitted.report, losses, judged=judge is not None)
     history = [h for h in fitted.report["history"] if h["map"] is not None]
     choices = [{"method": "cosface", "knobs": {"step": h["step"]}, "map": h["map"]} for h in history]
     return Trained(fitted, choices, place.sentence, notes, course.curves())
 
 
 def finished(run: Run, trained_curves: list[Curve], best: int | None) -> None:
-    """Draw the plot, and delete the checkpoint: W is written, and the run has nothing left to go on with."""
+    """Draw the plot, and delete the checkpoint: W and its results are written, and nothing is left to do."""
     if run.plot is not None:
         from cli.render_curves import draw
 
@@ -254,8 +262,13 @@ def _simulated_source(
             f"{room.host / 1e9:.1f} GB are free. Write them into a store first (latentstore simulate --store "
             f"{data.collection.store.path} --out simulated.zarr), which can be trained from where it lies."
         )
-    blocks = list(simulated.pairs())
-    held = np.concatenate([side for sides in zip(*blocks, strict=True) for side in sides])
+    held, at = np.empty((0, 0)), 0
+    for sides in simulated.pairs():
+        if not at:
+            held = np.empty((len(data.labels), sides[0].shape[1]), sides[0].dtype)
+        for first, side in zip((0, len(held) // 2), sides, strict=True):
+            held[first + at : first + at + len(side)] = side
+        at += len(sides[0])
     if place == "host":
         return ArraySource(held, data.labels)
     return placement.on_device(placement.host_blocks(held), len(held), data.labels, device)
@@ -284,6 +297,37 @@ def _early(report: Mapping[str, Any], cfg: CosFace) -> list[str]:
     return (
         [] if reason is None else [f"Training ended at step {report['steps']:,} of {cfg.steps:,}: {reason}."]
     )
+
+
+def _partly(init: Projection | None) -> list[str]:
+    """Say what of a map to start at is not taken."""
+    if init is None:
+        return []
+    parts = {
+        "its centre": init.center is not None,
+        "its map of references": not init.symmetric,
+        "its bias": init.score != "cosine",
+    }
+    left = [name for name, there in parts.items() if there]
+    if not left:
+        return []
+    text = f"Of --init the columns for queries are taken, not {listed(left)}: it starts near that map."
+    return [text]
+
+
+def _untrained(report: Mapping[str, Any], losses: list[float], *, judged: bool) -> list[str]:
+    """Say where W is the start, or merely the last step's, and where the loss did not fall."""
+    notes = []
+    if len(losses) > 1 and not losses[-1] < losses[0]:
+        notes.append(
+            f"The loss did not fall ({losses[0]:.3g} at the first step, {losses[-1]:.3g} at the last): this "
+            "run learned nothing, or diverged. Lower --lr."
+        )
+    if report["best_step"] == 0:
+        notes.append("No step was better than the start: W is the start, and training added nothing.")
+    elif not judged:
+        notes.append("No validation queries: W is the last step's, and no mAP or cosines were followed.")
+    return notes
 
 
 def _without(data: _Rows) -> list[str]:

@@ -19,7 +19,7 @@ from latentstore.encode import EncodeSummary, Source, encode
 from latentstore.errors import ImageError, StoreWriteError, UsageError
 from latentstore.features import SUFFIX, load_queries
 from latentstore.importing import IMPORTED
-from latentstore.manifest import list_folder
+from latentstore.manifest import files_below, list_folder
 from latentstore.results import Candidate, Match
 from latentstore.schema import LATENTS, Posterior, check_space
 from latentstore.simulate import Diffusion, GaussianPrior, simulate
@@ -280,7 +280,7 @@ def run_match(
 
     Without a projection the collection's analytic map is made, kept in the store, and used again.
     """
-    files = _query_files(queries)
+    files = _query_files(queries, exists(store) and open_store(store).kind == IMPORTED)
     if top < 1:
         raise UsageError(f"--top is {top}; at least 1 is needed.")
     chosen = search.select_backend(backend)
@@ -423,10 +423,14 @@ def encode_files(
     )
 
 
-def _query_files(queries: list[Path]) -> list[Path]:
+def _query_files(queries: list[Path], imported: bool) -> list[Path]:
+    """Return the files, and those below the folders: of imported latents ``.npy`` files before pictures."""
     files: list[Path] = []
     for query in queries:
-        if query.is_dir():
+        latents = sorted(files_below(query, {SUFFIX})) if imported and query.is_dir() else []
+        if latents:
+            files += [query / os.fsdecode(name) for name in latents]
+        elif query.is_dir():
             for row in list_folder(query).select(["path", "path_raw"]).to_pylist():
                 raw = row["path_raw"]
                 files.append(query / (row["path"] if raw is None else os.fsdecode(raw)))

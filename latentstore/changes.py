@@ -126,7 +126,8 @@ def _committed(store: LatentStore) -> Iterator[list[dict[str, Any]]]:
     raw = store.inputs()["path_raw"]
     for shard in range(store.layout.n_shards):
         record = store.record(shard)
-        if record is None or not store.is_done(shard):
+        # A shard that has yet to grow is committed as far as it goes.
+        if record is None or not (record.rows < len(store.layout.span(shard)) or store.is_done(shard)):
             continue
         table = store.manifest_part(record, ["row", "path", "bytes", "mtime", "sha256"])
         names = raw.slice(record.start, table.num_rows)

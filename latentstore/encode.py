@@ -12,27 +12,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from latentstore import images
 from latentstore._version import __version__
-from latentstore.changes import Changes, changed_rows, look
+from latentstore.changes import Changes
 from latentstore.create import add_array, create
 from latentstore.encoders import Encoder
-from latentstore.errors import CorruptStoreError, LatentStoreError, UsageError
+from latentstore.errors import LatentStoreError, UsageError
 from latentstore.isolation import Isolated, half_written
 from latentstore.manifest import is_url, new_inputs
 from latentstore.migrate import migrate, record_origin
 from latentstore.removal import finish
-from latentstore.schema import LATENTS, OK, STATUS_CODE, Layout, StoreSpec, check_space
+from latentstore.retries import bad_rows, committed_changes, forget_followers, rows_again
+from latentstore.schema import LATENTS, Layout, StoreSpec, check_space
 from latentstore.shards import record_file
 from latentstore.sources import Source
 from latentstore.store import LatentStore, exists, locate, open_store, settle, writing
 from latentstore.tasks import NAMED, OnRows, OnTimes, ShardOutcome, ShardTask
-
-LOOK_ROWS = 200_000
-"""Rows up to which every run looks at the files of committed rows; beyond, `verify --sources` does."""
 
 __all__ = ["EncodeSummary", "Job", "Source", "encode", "prepare", "run_here"]
 
@@ -304,21 +301,23 @@ def _what_to_make(
     check_sources: bool,
 ) -> tuple[LatentStore, list[int], dict[int, frozenset[int]]]:
     """Append new inputs; return the store, the shards to make, and the rows to read again of others."""
+    # Before the list grows: a last shard that has more places than rows is not committed any more.
     rows = bad_rows(store) if retry_bad else []
     if store.array == LATENTS:
-        # The first array decides the rows; others follow it.
-        new = new_inputs(listed, store.inputs())
-        if new.num_rows:
-            store = store.extend(new)
-            summary.appended = new.num_rows if len(store) > new.num_rows else 0
         changed, changes = committed_changes(store, source, retry_changed, check_sources)
         rows += changed
         summary.add_changes(changes)
+        # The first array decides the rows; others follow it.
+        new = new_inputs(listed, store.inputs())
+        if new.num_rows:
+            forget_followers(store, rows)
+            store = store.extend(new)
+            summary.appended = new.num_rows if len(store) > new.num_rows else 0
     elif retry_changed:
         raise UsageError(
             f"The rows are those of {store.root}: name it, not {store.path}, with --retry-changed."
         )
-    again = _by_shard(store, rows)
+    again = rows_again(store, rows)
     return store, sorted({*store.todo(), *again}), again
 
 
@@ -382,36 +381,6 @@ def run_here(job: Job, *, threads: int | None = None) -> Iterator[ShardOutcome]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def committed_changes(
-    store: LatentStore, source: Source, retry: bool, content: bool
-) -> tuple[list[int], Changes]:
-    """Look at the files of committed rows; return those to be made again, and what else has changed."""
-    if retry:
-        return changed_rows(store, source, content=content)
-    if len(store) > LOOK_ROWS and not content:
-        return [], Changes()
-    try:
-        # Files behind URLs are left to `verify --sources`: each costs a request.
-        return [], Changes.of(look(store, source, "all" if content else "none", remote=content))
-    except CorruptStoreError:
-        return [], Changes()  # a damaged manifest is for `verify` to tell, and stops no encoding
-
-
-def bad_rows(store: LatentStore) -> list[int]:
-    """Return the committed rows that are not ok, and were not removed."""
-    fine = (OK, STATUS_CODE["removed"], STATUS_CODE["not_written"])
-    rows: list[int] = np.flatnonzero(~np.isin(store.status(), fine)).tolist()
-    return rows
-
-
-def _by_shard(store: LatentStore, rows: Iterable[int]) -> dict[int, frozenset[int]]:
-    """Return rows by the committed shard that holds them; open shards are made anyway."""
-    found: dict[int, set[int]] = {}
-    for row in rows:
-        found.setdefault(row // store.layout.shard_rows, set()).add(row)
-    return {shard: frozenset(own) for shard, own in found.items() if store.is_done(shard)}
 
 
 def provenance_changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -6,10 +6,12 @@ import io
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ PUBLISHED_SHAPE = (4, 32, 32)
 _ITEM_BYTES = 8
 _HEADER_BYTES = 16_384
 """More than NumPy's reader takes (10,000 characters), so that it is the one to refuse."""
+_FILTERS = Lock()
 _READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -91,7 +94,10 @@ def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
 def _parsed_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Parse what stands before the numbers: it is the same in most files of a folder, and slow to parse."""
     file = io.BytesIO(data)
-    found: tuple[tuple[int, ...], bool, np.dtype[Any]] = _READ_HEADER[npy.read_magic(file)](file)
+    # Files that Python 2 wrote ("(4L, 32L, 32L)") are read as any; filters are the whole process's.
+    with _FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Reading `.npy` or `.npz` file required", UserWarning)
+        found: tuple[tuple[int, ...], bool, np.dtype[Any]] = _READ_HEADER[npy.read_magic(file)](file)
     return found
 
 

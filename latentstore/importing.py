@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,13 +18,14 @@ import pyarrow as pa
 from latentstore import images
 from latentstore._version import __version__
 from latentstore.create import create
-from latentstore.encode import EncodeSummary, Job, bad_rows, check_source, committed_changes, settle_links
+from latentstore.encode import EncodeSummary, Job, check_source, settle_links
 from latentstore.encoders.base import Latents, Pictures
 from latentstore.errors import EncoderError, ImageError, LatentStoreError, UsageError
 from latentstore.features import PUBLISHED_SHAPE, Feature, Features
 from latentstore.manifest import new_inputs
 from latentstore.migrate import migrate
 from latentstore.removal import finish
+from latentstore.retries import bad_rows, committed_changes, rows_again
 from latentstore.schema import LATENTS, Layout, Posterior, Space, StoreSpec, check_space
 from latentstore.shards import ShardWriter
 from latentstore.store import LatentStore, exists, locate, open_store, settle, writing
@@ -166,13 +166,15 @@ def import_features(
         store = settle(open_store(path))
         finish(path)
         links = settle_links(store, source)
+        # Before the list grows: a last shard that has more places than rows is not committed any more.
+        rows, changes = committed_changes(store, links, retry_changed, content=False)
+        rows += bad_rows(store) if retry_bad else []
+        summary.add_changes(changes)
         new = new_inputs(listed, store.inputs())
         if new.num_rows:
             store = store.extend(new)
             summary.appended = new.num_rows if len(store) > new.num_rows else 0
-        rows, changes = committed_changes(store, links, retry_changed, content=False)
-        summary.add_changes(changes)
-        again = _committed(store, rows + (bad_rows(store) if retry_bad else []))
+        again = rows_again(store, rows)
         todo = sorted({*store.todo(), *again})
         job = Job(store, todo, store.inputs(), links, origin, images.MAX_PIXELS, on_rows, on_times)
         job = replace(job, again=again)
@@ -244,14 +246,6 @@ def _require_latents(source: Features, listed: pa.Table) -> None:
     )
 
 
-def _committed(store: LatentStore, rows: Collection[int]) -> dict[int, frozenset[int]]:
-    """Return rows by the committed shard that holds them; open shards are made anyway."""
-    found: dict[int, set[int]] = defaultdict(set)
-    for row in rows:
-        found[row // store.layout.shard_rows].add(row)
-    return {shard: frozenset(own) for shard, own in found.items() if store.is_done(shard)}
-
-
 def _run(job: Job, threads: int) -> Iterator[ShardOutcome]:
     """Make the shards one after another."""
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
@@ -284,4 +278,10 @@ class _ImportTask(ShardTask):
         writer: ShardWriter,
     ) -> list[dict[str, Any]]:
         rows = super()._write(batch, latents, inputs, start_row, first, writer)
+        dtype = np.dtype(writer.layout.dtype)
+        most = np.finfo(dtype).max
+        beyond = f"a number is beyond {dtype}, whose largest is {most:g}: import with --dtype float32"
+        for row, item in zip(rows, batch, strict=True):
+            if isinstance(item, Feature) and row["status"] == "not_finite":
+                row["reason"] = beyond
         return [row | {"width": None, "height": None} for row in rows]

@@ -178,12 +178,18 @@ def files_below(folder: Path, suffixes: Collection[str], *, follow_links: bool =
         raise UsageError(f"Cannot read the folder {exc.filename!r}: {exc.strerror}.") from exc
 
     top = os.fsencode(folder)
-    for where, folders, files in os.walk(top, followlinks=follow_links, onerror=refuse):
-        # Hidden folders hold caches and trash, not collections.
-        folders[:] = [name for name in folders if not name.startswith(b".")]
-        for name in files:
-            if suffix_of(os.fsdecode(name)) in suffixes and not name.startswith(b"."):
-                yield os.path.relpath(os.path.join(where, name), top)  # noqa: PTH118
+    try:
+        for where, folders, files in os.walk(top, followlinks=follow_links, onerror=refuse):
+            # Hidden folders hold caches and trash, not collections.
+            folders[:] = [name for name in folders if not name.startswith(b".")]
+            for name in files:
+                if suffix_of(os.fsdecode(name)) in suffixes and not name.startswith(b"."):
+                    yield os.path.relpath(os.path.join(where, name), top)  # noqa: PTH118
+    except RecursionError as exc:
+        raise UsageError(
+            f"{folder} has folders in folders, too many levels deep to be walked. Name the one that holds "
+            "the files, or list them in a --manifest."
+        ) from exc
 
 
 def suffix_of(name: str) -> str:

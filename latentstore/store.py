@@ -241,8 +241,11 @@ def settle(store: LatentStore) -> LatentStore:
     # The first array comes last: its shape is what tells a later call that nothing is left to do.
     names = list(reversed(store.arrays()))
     grown = [name for name in names if LatentStore(store.root, name).layout.rows != rows]
-    written = [f"{n}/zarr.json" for name in grown for n in (status_name(name), name)]
     seal = read_seal(store.root)
+    parts = {str(p.relative_to(store.root)) for p in (store.root / "inputs").glob("part-*.parquet")}
+    # A list that is not sealed yet: arrays that were grown to it before a kill are not either.
+    unsealed = names if seal and not parts <= seal.keys() else grown
+    written = [f"{n}/zarr.json" for name in unsealed for n in (status_name(name), name)]
     with write_errors(store.root):
         for name in grown:
             zarr.open_array(store.root / status_name(name), mode="r+").resize((rows,))

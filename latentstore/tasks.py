@@ -98,7 +98,8 @@ class ShardTask:
         outcome = ShardOutcome(shard)
         span = store.layout.span(shard)
         again = inputs["again"].to_pylist() if "again" in inputs.column_names else None
-        known, kept = Known(store, shard, again), kept_rows(store, shard)
+        # Of rows to be read again the others are held one by one, not copied as a whole.
+        known, kept = Known(store, shard, again), None if again is not None else kept_rows(store, shard)
         with ShardWriter(store.root, store.layout, shard, store.space.id, array=store.array) as writer:
             start_row, done = span.start, []
             if kept is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import time
@@ -43,9 +44,11 @@ class Checkpoint:
         self.path = Path(self.path)
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` should be saved."""
-        if self.every_steps is not None and step % self.every_steps == 0:
-            return True
+        """Whether the state after `step` should be saved, by the count of steps."""
+        return self.every_steps is not None and step % self.every_steps == 0
+
+    def overdue(self) -> bool:
+        """Whether the last save was long enough ago; to be asked where `save` is called."""
         return self.every_seconds is not None and time.monotonic() - self._last >= self.every_seconds
 
     def save(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], recipe: Any) -> None:
@@ -71,7 +74,7 @@ class Checkpoint:
         CheckpointError
             The file is damaged, or belongs to another recipe or other data.
         """
-        for part in self.path.parent.glob(f".{self.path.name}.*.partial"):
+        for part in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
             part.unlink(missing_ok=True)
         if not self.path.exists():
             return None

@@ -16,6 +16,7 @@ from .heads import HeadSpec
 ATTENTION_HEADS = 4
 """Heads of the attention layer, and values of a query or key of each."""
 ATTENTION_WIDTH = 16
+_FLOAT = 4
 
 
 class Head(nn.Module):
@@ -51,6 +52,11 @@ class Head(nn.Module):
         """Multiply-adds of one row, forward: one for every number of a matrix unless it is used again."""
         return self.parameter_count
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a training step holds for a row, gradients counted, beside the row and its embedding."""
+        return 0
+
 
 class Linear(Head):
     """W alone: x W."""
@@ -83,6 +89,11 @@ class Mlp(Head):
             h = h + functional.relu(h) @ matrix
         return h
 
+    @property
+    def row_bytes(self) -> int:
+        """Of every layer the rectified values, and a sum."""
+        return _FLOAT * self.spec.rank * (len(self.residual) + 1)
+
 
 class Convolution(Head):
     """One convolution of the latent, its channels and positions flattened to the embedding."""
@@ -105,6 +116,11 @@ class Convolution(Head):
     def multiply_adds(self) -> int:
         """Multiply-adds of one row, forward: the kernel at every position."""
         return self.parameter_count * self.positions
+
+    @property
+    def row_bytes(self) -> int:
+        """Image and results, each with its gradient or a copy in the library's layout."""
+        return _FLOAT * 2 * (self.spec.dim + self.spec.rank)
 
     def forward(self, x: Any) -> Any:
         """Return the embeddings of rows."""
@@ -131,6 +147,15 @@ class Attention(Head):
         per_token = self.inward.numel() + self.outward.numel()
         pairs = 2 * self.tokens * self.tokens * ATTENTION_HEADS * ATTENTION_WIDTH
         return self.tokens * per_token + pairs + self.weight.numel()
+
+    @property
+    def row_bytes(self) -> int:
+        """Queries, keys, values, what is mixed (in two layouts) and the tokens, each with its gradient.
+
+        The pairs of tokens are not held: torch computes them in blocks.
+        """
+        channels, inner = self.outward.shape[1], self.outward.shape[0]
+        return _FLOAT * 2 * self.tokens * (5 * inner + 4 * channels)
 
     def forward(self, x: Any) -> Any:
         """Return the embeddings of rows."""

@@ -22,6 +22,11 @@ UNSEEN_STEPS = 16
 """On a GPU the host looks at the losses after so many steps: a look makes it wait for the device."""
 
 
+def order(score: float) -> float:
+    """Return what scores are compared by: one that is no number is below all others."""
+    return -math.inf if math.isnan(score) else score
+
+
 class Keeper:
     """Keeps the best snapshot by validation, or the latest finite one; alike in every process."""
 
@@ -49,10 +54,10 @@ class Keeper:
             return
         score = self.score(snapshot)
         self.history.append({"step": snapshot.step, "loss": loss, "lr": lr, "map": score})
-        better = score is None or self.best_map is None or score > self.best_map
+        better = score is None or self.best_map is None or order(score) > order(self.best_map)
         self.waited = 0 if better else self.waited + waits
         # Among equals the later one: where validation is saturated, the W that was trained.
-        if better or score == self.best_map:
+        if score is None or self.best_map is None or order(score) >= order(self.best_map):
             self.best, self.best_map = snapshot, score
 
     def state(self) -> dict[str, Any]:
@@ -96,12 +101,7 @@ class Watch:
             losses = torch.stack([loss for _, _, loss in self.pending]).tolist()
             for (step, lr, _), loss in zip(self.pending, losses, strict=True):
                 if not math.isfinite(loss):
-                    raise DivergedError(
-                        f"The loss of step {step} of {self.cfg.steps} is {loss} (learning rate {lr:.3g}). "
-                        "Lower the learning rate, or look for rows that are not finite; the last good W is "
-                        "kept on this error.",
-                        self.last_good().weights,
-                    )
+                    raise self._diverged(step, lr, loss)
             self.loss = losses[-1]
             if self.every > 1:
                 self.good = self._finite(self.state.snapshot(self.pending[-1][0]))
@@ -118,6 +118,16 @@ class Watch:
         if self.every == 1:
             self.good = self._finite(self.state.snapshot(self.state.count))
         return self.good
+
+    def _diverged(self, step: int, lr: float, loss: float) -> DivergedError:
+        error = DivergedError(
+            f"The loss of step {step} of {self.cfg.steps} is {loss} (learning rate {lr:.3g}). Lower the "
+            "learning rate, or look for rows that are not finite.",
+            self.last_good().weights,
+        )
+        # Below a traceback; a command line says where it has written them.
+        error.add_note("The last good W is in the exception's `weights`.")
+        return error
 
     def _finite(self, snapshot: Snapshot) -> Snapshot:
         return snapshot if snapshot.finite() else self.good if self.good.finite() else self.keeper.best

@@ -73,7 +73,8 @@ def cosface(
     scale, margin
         s and m of the loss.
     product_dtype
-        A torch dtype to which the operands of the three products are rounded; sums stay in float32.
+        A torch dtype to which the operands of the three products are rounded; sums and results stay in
+        float32.
     block_bytes
         Memory for the logits of one block of rows.
 
@@ -306,10 +307,18 @@ def _product(a: Any, b: Any, dtype: Any) -> Any:
 
     if a.dtype == dtype:
         return a @ b
-    if a.device.type == "cuda":
+    if a.device.type == "cuda" and _sums_in_other_types():
         return torch.mm(a, b, out_dtype=dtype)
     # Elsewhere torch would round the result, too: 8 bits of a logit of 64 are no logit.
     return a.to(dtype) @ b.to(dtype)
+
+
+@cache
+def _sums_in_other_types() -> bool:
+    """Whether this torch can return a product in another type than its operands' (2.8 and later, on CUDA)."""
+    import torch
+
+    return "dtype" in torch.ops.aten.mm.overloads()
 
 
 def _plus_product(into: Any, a: Any, b: Any, dtype: Any) -> Any:

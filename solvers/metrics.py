@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,19 +213,28 @@ def residual_ratio(projection: Projection, o: Any, g: Any) -> float:
     For a symmetric map this is ||T W||_F / ||(O - mu) W||_F, with t = g - o formed first. Zero says
     that translation is invisible through W; one, that it is as large as the origins themselves.
     """
-    o, g = to_host(o).astype(np.float64), to_host(g).astype(np.float64)
-    if o.shape != g.shape:
-        raise SolverUsageError(f"Row i of both must belong together; got the shapes {o.shape} and {g.shape}.")
-    base = projection.coordinates(o, "reference")
-    if projection.symmetric:
-        difference = (g - o) @ projection.query_map.astype(np.float64)
-    else:
-        difference = projection.coordinates(g, "query") - base
-    below = float(np.linalg.norm(base))
-    above = float(np.linalg.norm(difference))
+    return residual_of_blocks(projection, [(o, g)])
+
+
+def residual_of_blocks(projection: Projection, blocks: Iterable[tuple[Any, Any]]) -> float:
+    """Return `residual_ratio` of pairs that come block by block; one at a time is in float64."""
+    above = below = 0.0
+    for o, g in blocks:
+        o, g = to_host(o).astype(np.float64), to_host(g).astype(np.float64)
+        if o.shape != g.shape:
+            raise SolverUsageError(
+                f"Row i of both must belong together; got the shapes {o.shape} and {g.shape}."
+            )
+        base = projection.coordinates(o, "reference")
+        if projection.symmetric:
+            difference = (g - o) @ projection.query_map.astype(np.float64)
+        else:
+            difference = projection.coordinates(g, "query") - base
+        below += float(np.vdot(base, base))
+        above += float(np.vdot(difference, difference))
     if below == 0.0:
         return 0.0 if above == 0.0 else float("inf")
-    return above / below
+    return math.sqrt(above / below)
 
 
 def refuse_leak(projection: Projection, identities: Any) -> None:

@@ -56,6 +56,11 @@ def peculiarities(labels: np.ndarray, cfg: CosFace) -> tuple[str, ...]:
             f"{single} of {len(members)} identities have a single row: nothing can be learned from how it "
             "varies, and in a batch it is repeated."
         )
+    if few := int(((members > 1) & (members < cfg.per_identity)).sum()):
+        notes.append(
+            f"{few} of {len(members)} identities have fewer rows than the {cfg.per_identity} of a batch, "
+            "where they repeat rows."
+        )
     return tuple(notes)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from .errors import SolverUsageError
 from .fitted import Fitted, make_report
 from .gallery_maps import Capabilities
 from .heads import HEADS
-from .losses import LOSSES
+from .losses import DEFAULTS, LOSSES
 from .training import LabelledRows, TrainResult, train
 
 __all__ = [
@@ -36,10 +37,21 @@ class ArraySource:
         (n, d).
     labels
         (n,) integers 0..C-1; an origin is a member of its class.
+
+    Raises
+    ------
+    SolverUsageError
+        As many labels as rows are needed.
     """
 
     rows: np.ndarray
     labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.rows) != len(self.labels):
+            raise SolverUsageError(
+                f"There are {len(self.rows)} rows and {len(self.labels)} labels. Give every row its label."
+            )
 
     @property
     def dim(self) -> int:
@@ -53,7 +65,7 @@ class ArraySource:
 
 _COUNTS = (
     *("rank", "batch_identities", "per_identity", "steps", "schedule_every", "validate_every"),
-    *("layers", "accumulate", "patience"),
+    *("layers", "accumulate", "patience", "seed"),
 )
 _CHOICES = {
     "weight_init": ("auto", "principal", "random"),
@@ -69,7 +81,7 @@ class CosFace(Capabilities):
     """Large-margin cosine softmax (CosFace): one class per origin, its translations among its members.
 
     Loss: cross-entropy of s (cos(x W, c_j) - m [j = y]) over all classes j (or `loss`), with W (d x rank)
-    and the class weights c learned by Adam, without bias or weight decay. Price: 4 b d rank + 6 b C rank
+    and the class weights c learned by Adam, without bias or weight decay. Price: 2 b d rank + 3 b C rank
     multiply-adds a step of b rows, and memory for C x rank class weights with two Adam moments.
 
     The defaults are measured on small stores; `preset_auto` sizes them to the data and `preset_paper`
@@ -80,7 +92,8 @@ class CosFace(Capabilities):
     rank
         Columns of W.
     scale, margin
-        s and m of the loss.
+        s and m of the loss; by default those that `solvers.losses.DEFAULTS` has for it. They are resolved
+        once: `dataclasses.replace` with another loss keeps these numbers unless it is given others.
     lr
         Adam's peak learning rate for W and the class weights, in units of the entries' initial size
         when `relative_lr`, else absolute.
@@ -89,11 +102,15 @@ class CosFace(Capabilities):
     steps
         Optimiser steps.
     warmup, flat
-        Shares of the steps at which the rise from 1 % ends, and at which the cosine decay to 0 begins.
+        Shares of the steps at which the rise ends, and at which the cosine decay to 0 begins.
+    warmup_from
+        Share of the learning rate at which the rise begins.
     schedule_every
         Steps between changes of the learning rate (the paper: once an epoch).
     ema
-        Average W with decay min(0.9999, (1 + n) / (10 + n)) and return the average.
+        Average W with decay min(`ema_decay`, (1 + n) / (10 + n)) after n steps and return the average.
+    ema_decay
+        The largest decay.
     validate_every
         Steps between validations and entries of the history; by a validation function the best W is kept.
     weight_init
@@ -118,8 +135,10 @@ class CosFace(Capabilities):
     head, layers, latent_shape
         What stands in the place of W (`solvers.heads`); "linear" is W itself.
     precision
-        "fp32", "tf32" (float32 products on CUDA rounded to 10 bits) or "bf16" (operands of all products
-        rounded to 8 bits, sums in float32). Weights and Adam's moments are float32 always.
+        "fp32", "tf32" (operands of float32 products and convolutions on CUDA rounded to 10 bits) or "bf16"
+        (operands of all products rounded to 8 bits, and what the head returns and passes on between its
+        layers, too; sums, and the loss's own products, in float32). Weights and Adam's moments are float32
+        always.
     accumulate
         Parts of a batch that are computed one after the other, for less memory: the gradient is that of the
         whole batch.
@@ -128,8 +147,8 @@ class CosFace(Capabilities):
     """
 
     rank: int = 512
-    scale: float = 64.0
-    margin: float = 0.35
+    scale: float = None  # type: ignore[assignment]  # a number once __post_init__ has looked it up
+    margin: float = None  # type: ignore[assignment]
     lr: float = 0.004
     batch_identities: int = 64
     per_identity: int = 2
@@ -152,6 +171,8 @@ class CosFace(Capabilities):
     precision: str = "fp32"
     accumulate: int = 1
     patience: int | None = None
+    ema_decay: float = 0.9999
+    warmup_from: float = 0.01
     name: ClassVar[str] = "cosface"
     needs_pairs: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
@@ -160,18 +181,39 @@ class CosFace(Capabilities):
 
     def __post_init__(self) -> None:
         for knob in _COUNTS:
-            value = getattr(self, knob)
-            if value is not None and value < 1:
-                raise SolverUsageError(f"{knob} must be at least 1, not {value}.")
+            value, least = getattr(self, knob), 0 if knob == "seed" else 1
+            if knob == "patience" and value is None:
+                continue
+            if not isinstance(value, Integral) or value < least:
+                raise SolverUsageError(f"{knob} must be a whole number, at least {least}, not {value!r}.")
+            object.__setattr__(self, knob, int(value))
         for knob, choices in _CHOICES.items():
             if getattr(self, knob) not in choices:
                 raise SolverUsageError(
                     f"{knob} must be one of {', '.join(choices)}, not {getattr(self, knob)!r}."
                 )
-        if not (self.lr > 0 and self.scale > 0 and math.isfinite(self.margin)):
+        for knob, own in zip(("scale", "margin"), DEFAULTS[self.loss], strict=True):
+            if getattr(self, knob) is None:
+                object.__setattr__(self, knob, own)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if not (0 < self.lr < math.inf and 0 < self.scale < math.inf and math.isfinite(self.margin)):
             raise SolverUsageError(
-                f"lr and scale must be positive and the margin finite; got {self.lr}, {self.scale}, "
-                f"{self.margin}."
+                f"lr and scale must be positive and finite, and the margin finite; got {self.lr}, "
+                f"{self.scale} and {self.margin}."
+            )
+        if self.loss == "softmax" and self.margin != 0:
+            raise SolverUsageError(
+                f"The softmax loss has no margin, and {self.margin} was given. Leave it out, or take the "
+                "loss cosface."
+            )
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise SolverUsageError(f"max_seconds must be positive, or None; got {self.max_seconds}.")
+        if not (0 <= self.ema_decay < 1 and 0 <= self.warmup_from <= 1):
+            raise SolverUsageError(
+                f"ema_decay must be 0 or more and less than 1, and warmup_from from 0 to 1; got "
+                f"{self.ema_decay} and {self.warmup_from}."
             )
         if not 0.0 <= self.warmup <= self.flat <= 1.0:
             raise SolverUsageError(
@@ -205,6 +247,9 @@ def fitted(cfg: CosFace, result: TrainResult) -> Fitted:
     """Return the W of a training run with an account of it."""
     W = result.weights
     assert W is not None  # noqa: S101 - fit has refused other heads
+    if result.weight_init == "init":
+        # Whatever was asked for: see `class_init`.
+        cfg = replace(cfg, class_init="means")
     text = f"CosFace, {result.steps} steps; W of step {result.best_step}"
     text += "." if result.best_map is None else f", chosen by validation mAP {result.best_map:.4f}."
     report = make_report(
@@ -221,6 +266,7 @@ def fitted(cfg: CosFace, result: TrainResult) -> Fitted:
         seconds=result.seconds,
         weight_init=result.weight_init,
         notes=list(result.notes),
+        **result.ran,
     )
     spectrum = np.linalg.svd(W.astype(np.float64), compute_uv=False)
     return Fitted(W, W, None, "cosine", spectrum, cfg.name, asdict(cfg), seed=cfg.seed, report=report)
@@ -233,8 +279,6 @@ def preset_paper(rank: int = 512, seed: int = 0) -> CosFace:
     """
     return CosFace(
         rank=rank,
-        scale=64.0,
-        margin=0.35,
         lr=3.5e-4,
         relative_lr=False,
         batch_identities=128,
@@ -255,15 +299,16 @@ def preset_auto(
 ) -> CosFace:
     """Size steps and batch to the data, so that training takes at most about `budget` seconds.
 
-    The steps are estimated for two CPU cores, and a clock stops the run at 1.25 times the budget where the
-    estimate was too low; training stops earlier once every row has been seen some
-    30 times, since more only overfits small stores.
+    The steps are estimated for two CPU cores, at six tenths of the budget, and a clock stops the run at the
+    budget where the estimate was too low; training stops earlier once every row has been seen some 30
+    times, since more only overfits small stores.
     """
     rank = min(rank, dim)
     per_identity = max(2, min(4, round(n_rows / max(n_identities, 1))))
     identities = min(max(n_identities, 1), 128 // per_identity)
     rows = identities * per_identity
-    # Multiply-adds of both products and their gradients, and the memory traffic of Adam and the average.
+    # Operations, two a multiply-add, of both products and their gradients; memory traffic of Adam and the
+    # average.
     arithmetic = (4.0 * rows * dim * rank + 6.0 * rows * n_identities * rank) / 5e10
     traffic = 12.0 * 4.0 * rank * (1.3 * dim + n_identities) / 8e9
     affordable = int(0.6 * budget / (arithmetic + traffic + 1e-3))
@@ -276,6 +321,6 @@ def preset_auto(
         steps=steps,
         validate_every=max(1, steps // 12),
         patience=6,
-        max_seconds=1.25 * budget,
+        max_seconds=budget,
         seed=seed,
     )

@@ -6,7 +6,7 @@ This module imports torch; `training` imports it when a run begins.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,11 @@ import torch
 
 from .distributed import World
 from .losses import LOSSES, gradients
+from .memory import rows_embedded
 
 if TYPE_CHECKING:
     from .sgd import CosFace
 
-_EMBEDDED = 2048
-"""Rows that a snapshot embeds at a time."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of every parameter, beside its count of steps."""
 
@@ -50,17 +49,17 @@ class Snapshot:
     def embed(self, block: Any) -> np.ndarray:
         """Return the embeddings (n, rank) float32 of rows (n, d), in full precision."""
         first = next(self.head.parameters())
-        parts = []
-        with products("fp32"), torch.no_grad():
-            for at in range(0, len(block), _EMBEDDED):
-                part = block[at : at + _EMBEDDED]
+        parts, step = [], rows_embedded(self.head.row_bytes)
+        with products("fp32", first.device), torch.no_grad():
+            for at in range(0, len(block), step):
+                part = block[at : at + step]
                 part = part if isinstance(part, torch.Tensor) else torch.tensor(part)
                 parts.append(self.head(part.to(first.device).to(first.dtype)).cpu().numpy())
         return np.concatenate(parts) if parts else np.zeros((0, self.head.spec.rank), dtype=np.float32)
 
     def finite(self) -> bool:
-        """Whether every weight is."""
-        return all(bool(torch.isfinite(p).all()) for p in self.head.parameters())
+        """Whether every weight is, and their lengths: by those that overflow, rows are divided to nothing."""
+        return _finite(self.head.parameters())
 
 
 class Objective(torch.nn.Module):
@@ -77,7 +76,7 @@ class Objective(torch.nn.Module):
         return LOSSES[self.cfg.loss](self.embed(x), self.classes, labels, **self._how)
 
     def embed(self, x: Any) -> Any:
-        """Return the embeddings (b, rank) float32."""
+        """Return the embeddings (b, rank) float32, under bf16 of operands and results that were rounded."""
         rounded = self.product_dtype is not None
         with torch.autocast(x.device.type, dtype=self.product_dtype, enabled=rounded):
             return self.head(x).float()
@@ -146,7 +145,7 @@ class State:
         self.optimiser.step()
         self.count += 1
         if self.cfg.ema:
-            self._follow(1.0 - min(0.9999, (1 + self.count) / (10 + self.count)))
+            self._follow(1.0 - min(self.cfg.ema_decay, (1 + self.count) / (10 + self.count)))
         return loss
 
     def snapshot(self, step: int) -> Snapshot:
@@ -156,8 +155,8 @@ class State:
         return Snapshot(copy.deepcopy(self.average), step)
 
     def finite(self) -> bool:
-        """Whether every weight is."""
-        return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
+        """Whether every weight is, and their lengths."""
+        return _finite(self.parameters.values())
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return all that changes, by name, on the host; on a CPU the arrays are views."""
@@ -219,14 +218,38 @@ class State:
 
 
 @contextmanager
-def products(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices on CUDA in TF32 or in full, and put torch's setting back afterwards."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+def products(precision: str, device: Any) -> Iterator[None]:
+    """Multiply and convolve float32 on CUDA in TF32 or in full, and put torch's settings back afterwards.
+
+    Other devices have no such settings, and torch's are not touched.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    # Torch refuses to read its old switches once the new ones were written, and not the other way round.
+    values: tuple[Any, Any] = ("ieee", "tf32")
+    name, switches = (
+        "fp32_precision",
+        [torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None)],
+    )
+    if not all(hasattr(switch, name) for switch in switches):
+        name, switches, values = (
+            "allow_tf32",
+            [torch.backends.cuda.matmul, torch.backends.cudnn],
+            (False, True),
+        )
+    before = [getattr(switch, name) for switch in switches]
     try:
+        for switch in switches:
+            setattr(switch, name, values[precision == "tf32"])
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for switch, value in zip(switches, before, strict=True):
+            setattr(switch, name, value)
+
+
+def _finite(weights: Iterable[Any]) -> bool:
+    return all(bool(torch.isfinite(p.detach().square().sum())) for p in weights)
 
 
 def _fill(tensor: Any, values: np.ndarray) -> None:

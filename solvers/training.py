@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 from .distributed import World
 from .errors import SolverUsageError, StoppedError
 from .heads import build_head
-from .keeper import Keeper, Validate, Watch
+from .keeper import Keeper, Validate, Watch, order
 from .memory import check_memory
 from .rank import check_rank
 from .sampler import Loader, arrived, batches, count_classes, peculiarities, read_ahead
@@ -73,6 +73,9 @@ class TrainResult:
         "patience", "max_seconds", or None where all steps were taken.
     notes
         Sentences on how the data fall short of the recipe.
+    ran
+        Of the last run: device ("cpu", "cuda"), processes, threads (torch's, of the process that tells) and
+        precision, which on a CPU is "fp32" where "tf32" was asked for.
     """
 
     weights: np.ndarray | None
@@ -86,13 +89,14 @@ class TrainResult:
     snapshot: Snapshot | None = None
     stopped_early: str | None = None
     notes: tuple[str, ...] = ()
+    ran: Mapping[str, Any] = field(default_factory=dict)
 
 
 def schedule(step: int, cfg: CosFace) -> float:
-    """Share of the peak learning rate: linear from 1 %, flat, then a cosine towards 0."""
+    """Share of the peak learning rate: linear from `warmup_from`, flat, then a cosine towards 0."""
     at = (step // cfg.schedule_every) * cfg.schedule_every / cfg.steps
     if at < cfg.warmup:
-        return 0.01 + 0.99 * at / cfg.warmup
+        return cfg.warmup_from + (1.0 - cfg.warmup_from) * at / cfg.warmup
     if at < cfg.flat or cfg.flat == 1.0:
         return 1.0
     return 0.5 * (1.0 + math.cos(math.pi * (at - cfg.flat) / (1.0 - cfg.flat)))
@@ -125,7 +129,7 @@ def train(
         Called after every step with (step, steps, loss); on a GPU the loss is the last that was looked at.
     observe
         Called at every validation with a dict: step, loss, lr, map, best_map, best_step, seconds and
-        rows_per_second.
+        rows_per_second (validations not counted).
     checkpoint
         Where the run is kept, and gone on from when it was interrupted.
     init
@@ -152,7 +156,7 @@ def train(
     check_memory(cfg, run.n_classes, source.dim, device=world.device, free=free_bytes)
     from .state import products
 
-    with products(cfg.precision):
+    with products(cfg.precision, world.device):
         run.begin()
         reason = _take_steps(run, progress, observe, stop)
     return run.result(reason)
@@ -168,6 +172,7 @@ def _take_steps(
     with closing(reader):
         for step, batch in enumerate(reader, start=run.taken + 1):
             if run.out_of_patience:
+                run.save()
                 return "patience"
             x, labels = arrived(batch)
             lr = cfg.lr * schedule(step - 1, cfg)
@@ -175,13 +180,18 @@ def _take_steps(
             run.taken = step
             if progress is not None and run.world.leads:
                 progress(step, cfg.steps, watch.loss)
-            late, asked = run.decide(stop) if watch.fresh or run.world.size == 1 else (False, False)
+            decides = watch.fresh or run.world.size == 1
+            late, asked, overdue = run.decide(stop) if decides else (False, False, False)
             if step % cfg.validate_every == 0 or step == cfg.steps or late:
-                keeper.see(state.snapshot(step), watch.look(), lr, waits=step > cfg.warmup * cfg.steps)
-                pace.report(observe)
+                loss, rate = watch.look(), pace.rate()
+                keeper.see(state.snapshot(step), loss, lr, waits=step > cfg.warmup * cfg.steps)
+                pace.report(observe, rate)
             if late and step < cfg.steps:
+                run.save()
                 return "max_seconds"
-            if run.checkpoint is not None and (asked or run.checkpoint.due(step)):
+            # Also the last step: what comes after training may be stopped, too.
+            ends = step == cfg.steps
+            if run.checkpoint is not None and (asked or overdue or ends or run.checkpoint.due(step)):
                 watch.look()
                 run.save()
             if asked and step < cfg.steps:
@@ -235,12 +245,17 @@ class Run:
         """Whether validation has not become better for as long as the recipe waits."""
         return self.cfg.patience is not None and self.keeper.waited >= self.cfg.patience
 
-    def decide(self, stop: Stop | None) -> tuple[bool, bool]:
-        """Return whether the time is up and whether to stop, as the leader sees it."""
+    def decide(self, stop: Stop | None) -> tuple[bool, bool, bool]:
+        """Return whether the time is up, whether to stop and whether to save, as the leader's clock has it.
+
+        All look at their losses before the leader saves: one that alone found them bad would leave the others
+        waiting.
+        """
         limit = self.cfg.max_seconds
         late = limit is not None and self.seconds > limit
-        late, asked = self.world.agree((late, stop is not None and stop()))
-        return late, asked
+        overdue = self.world.leads and self.checkpoint is not None and self.checkpoint.overdue()
+        late, asked, overdue = self.world.agree((late, stop is not None and stop(), overdue))
+        return late, asked, overdue
 
     @property
     def seconds(self) -> float:
@@ -292,13 +307,31 @@ class Run:
             best,
             stopped_early,
             peculiarities(self.labels, self.cfg),
+            self._ran(),
         )
+
+    @property
+    def device_type(self) -> str:
+        """What computes: "cpu", "cuda"."""
+        return self.world.device.split(":")[0]
+
+    def _ran(self) -> dict[str, Any]:
+        import torch
+
+        precision = self.cfg.precision
+        return {
+            "device": self.device_type,
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "precision": "fp32" if precision == "tf32" and self.device_type != "cuda" else precision,
+        }
 
     def _recipe(self) -> dict[str, Any]:
         """Return what a checkpoint must have been made with to be gone on from."""
         init = None if self.init is None else f"{zlib.crc32(np.ascontiguousarray(self.init).data):08x}"
         rows = {"identities": self.n_classes, "rows": len(self.labels), "dim": self.source.dim}
-        return asdict(self.cfg) | rows | {"init": init}
+        # A device's rounding is its own: a run that changes it is another run.
+        return asdict(self.cfg) | rows | {"init": init, "device": self.device_type}
 
     def _head(self) -> Any:
         cfg = self.cfg
@@ -347,7 +380,7 @@ class Run:
                 head.weight.copy_(torch.tensor(W))
             if validate is not None and len(starts) > 1:
                 scores[name] = float(validate(Snapshot(copy.deepcopy(head), 0)))
-        self.weight_init = max(scores, key=lambda name: scores[name]) if scores else names[0]
+        self.weight_init = max(scores, key=lambda name: order(scores[name])) if scores else names[0]
         with torch.no_grad():
             head.weight.copy_(torch.tensor(starts[self.weight_init]))
         return scores.get(self.weight_init)
@@ -380,10 +413,15 @@ class Pace:
     def __init__(self, run: Run) -> None:
         self.run, self.step, self.time = run, run.taken, time.perf_counter()
 
-    def report(self, observe: Observe | None) -> None:
+    def rate(self) -> float:
+        """Return the rows a second since the last validation ended; asked before the next one begins."""
+        cfg = self.run.cfg
+        rows = min(cfg.batch_identities, self.run.n_classes) * cfg.per_identity * (self.run.taken - self.step)
+        return rows / (time.perf_counter() - self.time)
+
+    def report(self, observe: Observe | None, rate: float) -> None:
         """Tell what the last validation found, and begin to count again."""
         run, keeper = self.run, self.run.keeper
-        rows = min(run.cfg.batch_identities, run.n_classes) * run.cfg.per_identity * (run.taken - self.step)
         if observe is not None and run.world.leads:
             observe(
                 {
@@ -391,7 +429,7 @@ class Pace:
                     "best_map": keeper.best_map,
                     "best_step": keeper.best.step,
                     "seconds": run.seconds,
-                    "rows_per_second": rows / (time.perf_counter() - self.time),
+                    "rows_per_second": rate,
                 }
             )
         self.step, self.time = run.taken, time.perf_counter()

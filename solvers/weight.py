@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SAFETENSORS = ".safetensors"
 _OURS = "solvers.projection"
 _DEEPEST = 8
+_ZIP = b"PK\x03\x04"
+"""By which torch knows its own archives."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def read_weight(path: Path, *, dim: int | None = None, key: str | None = None) -
     SolverUsageError
         The file's suffix is another.
     ProjectionFormatError
-        The file holds more than tensors, is damaged, or has no such matrix, or several; or a bias.
+        The file holds more than tensors, is damaged, or has no such matrix, or several; or a bias, or nothing
+        but zeros, or what would take more memory than the file has bytes.
     """
     suffix = path.suffix.lower()
     if suffix not in (*TORCH_SUFFIXES, SAFETENSORS):
@@ -67,16 +71,21 @@ def read_weight(path: Path, *, dim: int | None = None, key: str | None = None) -
     tensors = _from_safetensors(path) if suffix == SAFETENSORS else dict(_tensors(_from_torch(path)))
     name = _chosen(path, tensors, dim, key)
     _refuse_bias(path, tensors, name)
-    tensor = tensors[name]
+    tensor = _plain(path, name, tensors[name])
     if not tensor.is_floating_point():
         raise ProjectionFormatError(
             f"{path} holds {tensor.dtype} in {name!r}; a weight has floating numbers."
         )
-    weight = tensor.detach().float().numpy()
+    weight = tensor.float().numpy()
     if not np.isfinite(weight).all():
         raise ProjectionFormatError(
             f"{path} holds {int((~np.isfinite(weight)).sum())} numbers that are not finite in {name!r}: its "
             "training has failed, or the file is damaged. Take another checkpoint."
+        )
+    if not weight.any():
+        raise ProjectionFormatError(
+            f"{path} holds nothing but zeros in {name!r}, of shape {tuple(weight.shape)}: every latent would "
+            "be mapped to one point. Take another checkpoint."
         )
     W = weight if _inputs_first(path, weight.shape, dim) else weight.T
     others = tuple(sorted(tensors.keys() - {name}))
@@ -86,15 +95,38 @@ def read_weight(path: Path, *, dim: int | None = None, key: str | None = None) -
 def _from_torch(path: Path) -> Any:
     import torch
 
+    _refuse_growth(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises a different type for every kind of damage
+        raise _not_plain(path, error) from error
+
+
+def _refuse_growth(path: Path) -> None:
+    """Refuse a zip that is larger unpacked than packed: torch itself stores its members as they are."""
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # of a hostile archive there are many kinds
+        raise _not_plain(path, error) from error
+    held, size = sum(member.file_size for member in members), path.stat().st_size
+    if held > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ProjectionFormatError(
-            f"{path} cannot be read as plain torch weights ({type(error).__name__}). "
-            "Only tensors are accepted, never pickled objects; save the weight with torch.save(tensor)."
-        ) from error
+            f"{path} is a compressed archive ({size:,} bytes for {held:,}), and torch.save compresses "
+            "nothing. Unpack it if the weight lies inside, or take the file from its source again."
+        )
+
+
+def _not_plain(path: Path, error: Exception) -> ProjectionFormatError:
+    return ProjectionFormatError(
+        f"{path} cannot be read as plain torch weights ({type(error).__name__}). "
+        "Only tensors are accepted, never pickled objects; save the weight with torch.save(tensor)."
+    )
 
 
 def _from_safetensors(path: Path) -> dict[str, Any]:
@@ -112,27 +144,51 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _tensors(loaded: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield every tensor of nested mappings with its dotted name."""
+def _tensors(
+    loaded: Any, name: str = "", depth: int = 0, seen: set[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield every tensor of nested mappings with its dotted name; each mapping is read once."""
     import torch
 
+    seen = set() if seen is None else seen
     if torch.is_tensor(loaded):
-        yield name, loaded
-    elif isinstance(loaded, Mapping) and depth < _DEEPEST:
+        if not loaded.is_nested:  # several tensors in one, without a shape
+            yield name, loaded
+    elif isinstance(loaded, Mapping) and depth < _DEEPEST and id(loaded) not in seen:
+        seen.add(id(loaded))
         for key, value in loaded.items():
-            yield from _tensors(value, f"{name}.{key}" if name else str(key), depth + 1)
+            yield from _tensors(value, f"{name}.{key}" if name else str(key), depth + 1, seen)
+
+
+def _plain(path: Path, name: str, tensor: Any) -> Any:
+    """Return a tensor whose numbers all lie in memory one by one; refuse others before any is copied."""
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        kind = tensor.layout if tensor.layout is not torch.strided else f"on the device {tensor.device.type}"
+        raise ProjectionFormatError(
+            f"{path} holds {name or 'a tensor'!r} as {kind}; a weight has all its numbers in the file. Save "
+            "it with torch.save(tensor.to_dense().cpu())."
+        )
+    needed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if held < needed:
+        raise ProjectionFormatError(
+            f"{path} holds {held:,} bytes for {name or 'a tensor'!r} of shape {tuple(tensor.shape)}, which "
+            f"takes {needed:,}: its numbers are repeated. Save it with torch.save(tensor.contiguous())."
+        )
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _chosen(path: Path, tensors: Mapping[str, Any], dim: int | None, key: str | None) -> str:
     """Return the name of the matrix that is meant."""
     matrices = {name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2}
-    fitting = [name for name, shape in matrices.items() if dim is None or dim in shape]
+    fitting = [name for name, shape in matrices.items() if dim is None or max(shape) == dim]
     if key is not None:
         fitting = [name for name in fitting if name == key]
     if len(fitting) == 1:
         return fitting[0]
     held = ", ".join(f"{name or 'the tensor'} {tuple(t.shape)}" for name, t in list(tensors.items())[:6])
-    wanted = "one two-dimensional tensor" + ("" if dim is None else f" with a side of {dim}")
+    wanted = "one two-dimensional tensor" + ("" if dim is None else f" with a side of {dim} and none larger")
     named = "" if key is None else f" called {key!r}"
     advice = " Name the one that is meant by its key." if len(fitting) > 1 else ""
     raise ProjectionFormatError(
@@ -145,7 +201,7 @@ def _refuse_bias(path: Path, tensors: Mapping[str, Any], name: str) -> None:
     """Refuse a linear layer with a bias: the weight alone would be another map."""
     stem, dot, last = name.rpartition(".")
     bias = tensors.get(f"{stem}{dot}bias") if last == "weight" else None
-    if bias is not None and bool((bias != 0).any()):
+    if bias is not None and bool((_plain(path, f"{stem}{dot}bias", bias) != 0).any()):
         raise ProjectionFormatError(
             f"{path} holds a bias beside {name!r}, and a projection has none: the weight alone would be "
             "another map. Take a checkpoint of a layer without a bias."

@@ -134,6 +134,10 @@ def test_a_head_measures_like_the_projection_of_its_w(store: Path) -> None:
         (["--plot", "nowhere/a.png"], 2, "--plot"),
         (["--csv", "nowhere/a.csv"], 2, "nowhere"),
         (["--queries", "none.zarr"], 2, "none.zarr"),
+        (["--budget", "nan"], 2, "--budget is nan"),
+        (["--budget", "0"], 2, "--budget is 0"),
+        (["--csv", "no/a.csv"], 2, "--csv is no/a.csv"),
+        (["--plot", "a.jpg"], 2, "PNG"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(
@@ -141,6 +145,27 @@ def test_what_cannot_be_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr(ablating, "_run", lambda *a: pytest.fail("trained"))
     assert said in invoke("ablate", "--store", store, *words, code=code)
+
+
+def test_a_variant_that_fails_or_is_stopped_costs_the_others_nothing(
+    store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = ablating._run
+
+    def stopped(collection: object, cfg: ablating.CosFace, *rest: object) -> object:
+        if cfg.loss == "softmax":
+            raise KeyboardInterrupt
+        return whole(collection, cfg, *rest)
+
+    monkeypatch.setattr(ablating, "_run", stopped)
+    words = ["--store", store, "--what", "losses", "--rank", 8, "--steps", 5, "--out", tmp_path / "a.json"]
+    said = " ".join(invoke("ablate", *words).split())
+    assert "Left out: softmax" in said
+    assert "Left out: circle" in said
+    report = results.load(tmp_path / "a.json")
+    assert {f.subject for f in report.figures if f.name == "mAP" and f.role == "method"} == {
+        "cosface, linear @8"
+    }
 
 
 def test_a_store_without_training_pairs_is_refused(tmp_path: Path) -> None:

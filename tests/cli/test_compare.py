@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +184,32 @@ def test_cross_residuals_stand_beside_a_random_subspace(pairs: str) -> None:
     )
 
 
+def test_cross_residuals_hold_a_block_of_rows_at_a_time(
+    pairs: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of test pairs, no more than a block of them is widened to float64."""
+    words = ["--store", pairs, "--rank", "8", "--method", "svd", "--json"]
+    whole = json.loads(said(*words))
+    monkeypatch.setattr("cli.collection.BLOCK", 3)
+    asked: list[int] = []
+    coordinates = Projection.coordinates
+
+    def counted(self: Projection, rows: np.ndarray, side: Any) -> np.ndarray:
+        asked.append(len(rows))
+        return coordinates(self, rows, side)
+
+    monkeypatch.setattr(Projection, "coordinates", counted)
+    blocks = json.loads(said(*words))
+    assert 0 < max(asked) <= 3
+    values = [
+        [f["value"] for f in report["figures"] if f["name"] == "cross residual"] for report in (whole, blocks)
+    ]
+    # The order of float64 additions alone: in the norms, and in μ, whose float32 may round to a neighbour.
+    assert values[0] == pytest.approx(values[1], rel=float(np.finfo(np.float32).eps))
+    counts = [[f["n"] for f in r["figures"] if f["name"] == "cross residual"] for r in (whole, blocks)]
+    assert counts[0] == counts[1] != [3] * len(counts[0])
+
+
 @pytest.mark.parametrize("method", ["svd", "procrustes"])
 def test_what_is_one_by_construction_is_said_to_be_so_and_not_fitted_again(pairs: str, method: str) -> None:
     text = said("--store", pairs, "--rank", "8", "--repeats", "2", "--method", method)
@@ -203,6 +230,20 @@ def test_refits_that_say_nothing_are_refused(pairs: str, here: Path) -> None:
     assert f"latents of {dim}." in text
     CliRunner().invoke(app, ["encode", "images", "--store", "alone.zarr", "--image-size", "32"])
     assert "holds no training pairs" in said("--store", "alone.zarr", "--rank", "4", code=2)
+
+
+def test_without_a_rank_the_fits_have_as_many_columns_as_there_are_dimensions(pairs: str, here: Path) -> None:
+    dim = open_store(here / pairs).layout.dim
+    report = json.loads(said("--store", pairs, "--jackknife", "2", "--json"))
+    assert report["settings"]["rank"] == dim
+    assert [c for c in report["caveats"] if "not the usual 512" in c] == [
+        f"The fits have rank {dim}, not the usual 512: the latents have {dim} dimensions."
+    ]
+    for rank in (str(dim + 1), "0"):
+        assert f"not {rank}." in said("--store", pairs, "--rank", rank, code=2)
+    named = json.loads(said("--store", pairs, "--rank", str(dim), "--jackknife", "2", "--json"))
+    assert named["figures"] == report["figures"]
+    assert not any("usual" in c for c in named["caveats"])
 
 
 def test_cosines_near_one_are_told_from_their_band() -> None:
@@ -258,6 +299,17 @@ def test_the_plot_shows_every_map_beside_gaussian_matrices(files: dict[str, str]
         assert rgb in colours, name
     for nowhere in (str(tmp_path), "nowhere/spectra.png"):
         assert "--plot is" in said(files["g1"], files["g2"], "--plot", nowhere, code=2)
+
+
+def test_maps_of_one_column_are_dots_in_the_plot(files: dict[str, str], tmp_path: Path) -> None:
+    one = [save(f"one{i}.safetensors", np.eye(D)[:, i : i + 1]) for i in range(2)]
+    said(*one, "--plot", "dots.png")  # and no warning of an axis without a length, which would be an error
+    with Image.open(tmp_path / "dots.png") as image:
+        colours = {c for _, c in image.convert("RGB").crop((200, 200, 900, 600)).getcolors(1 << 20) or []}
+    rgb = tuple(
+        int(PAPER["m2"][i : i + 2], 16) for i in (1, 3, 5)
+    )  # drawn over the first; the legend is above
+    assert rgb in colours
 
 
 def test_the_jackknife_is_that_of_parts_left_out(pairs: str) -> None:

@@ -115,6 +115,22 @@ def test_a_resumed_course_has_every_step_once(tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == 1
 
 
+def test_a_run_stopped_before_its_first_validation_takes_up_its_own_start_alone(tmp_path: Path) -> None:
+    class Judged:
+        def ranking(self, W: Projection) -> Any:
+            return type("Ranking", (), {"map": float(abs(W.query_map[0, 0])), "acc": 0.5})
+
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "loss": null, "map": 0.9}\n{"step": 40, "loss": 1.0, "map": 0.95}\n')
+    first = Course(Judged(), [], log=log)  # type: ignore[arg-type]
+    for start in (0.25, 0.5):  # two starts are tried, and the better one is taken
+        first.validate(type("Snapshot", (), {"step": 0, "weights": np.full((2, 1), start, np.float32)}))
+    again = Course(None, [], log=log, resumed=True)
+    again.observe({"step": 60, "loss": 2.0, "map": 0.6})
+    found = [json.loads(t) for t in log.read_text().splitlines()]
+    assert [(r["step"], r["map"]) for r in found] == [(0, 0.5), (60, 0.6)]
+
+
 # --- stopped, killed, gone on with --------------------------------------------------------------------------
 
 # Where the tests run in a shell's background, their processes inherit that Ctrl-C is ignored.
@@ -193,6 +209,24 @@ def test_kill_9_and_the_same_command_again_ends_with_the_same_bytes(
     assert 0 < load(folder / "W.results.json").settings["steps"] == STEPS
     invoke(*SHORT, "--store", store, "--out", "V.safetensors", "--seed", "1")
     assert not same_w(folder / "V.safetensors", undisturbed), "else any run would pass"
+
+
+def test_the_checkpoint_stands_until_the_results_are_written(
+    folder: Path, store: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = folder / "W.safetensors"
+    stale = out.with_suffix(".results.json")
+    stale.write_text("{}")
+    with monkeypatch.context() as stopped:
+        stopped.setattr("cli.measure.fit_controls", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        invoke(*SHORT, "--store", store, "--out", out, code=130)
+    assert (folder / CHECKPOINT).exists()
+    assert not stale.exists(), "the results of another W"
+    monkeypatch.setattr("solvers.state.State.step", lambda *a: pytest.fail("a step was taken again"))
+    invoke(*SHORT, "--store", store, "--out", out)
+    assert same_w(out, undisturbed)
+    assert stale.exists()
+    assert not (folder / CHECKPOINT).exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, store: Path, undisturbed: Path) -> None:

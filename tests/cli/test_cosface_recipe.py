@@ -52,7 +52,10 @@ def test_the_paper_preset_is_taken_and_every_named_number_overrides_it() -> None
             "precision": "bf16",
         }.get(
             name,
-            {"ema": False, "relative_lr": True, "device": "cpu", "warmup": 0.1, "flat": 0.9}.get(name, 7),
+            {
+                **{"ema": False, "relative_lr": True, "device": "cpu", "warmup": 0.1, "flat": 0.9},
+                **{"ema_decay": 0.9, "warmup_from": 0.5},
+            }.get(name, 7),
         )
         made = recipe.build("paper", {name: value}, rank=512, dim=4096)
         assert getattr(made, name) == value
@@ -79,7 +82,7 @@ def test_a_loss_brings_its_own_numbers_unless_they_are_named() -> None:
 
 
 def test_named_steps_are_taken_whatever_the_clock_says() -> None:
-    assert recipe.build("auto", {}).max_seconds == pytest.approx(1.25 * recipe.BUDGET)
+    assert recipe.build("auto", {}).max_seconds == recipe.BUDGET
     assert recipe.build("auto", {"steps": 9}).max_seconds is None
     assert recipe.build("auto", {"steps": 9}, budget=3).max_seconds == 3
     assert recipe.build("paper", {}, budget=3).max_seconds == 3
@@ -94,6 +97,8 @@ def test_the_numbers_are_refused_for_other_methods_and_before_a_store_is_read() 
         assert "is about a training run" in said
     for words, part in (
         (["--lr", "-1"], "lr and scale must be positive"),
+        (["--ema-decay", "1"], "ema_decay must be"),
+        (["--warmup-from", "-1"], "warmup_from from 0 to 1"),
         (["--warmup", "0.9"], "warmup <= flat"),
         (["--steps", "0"], "at least 1"),
         (["--budget", "0"], "--budget"),
@@ -177,6 +182,13 @@ def test_divergence_leaves_the_last_good_w(folder: Path, store: Path) -> None:
     assert W.space_id == Collection.open(store).store.space.id
     assert len(W.used_identities)
     assert not Path("W.safetensors").exists()
+
+
+@pytest.mark.parametrize("lr", ["1e3", "1e30"])
+def test_a_run_that_diverged_without_an_infinity_is_told(folder: Path, store: Path, lr: str) -> None:
+    said = " ".join(invoke(*SHORT, "--store", store, "--lr", lr, "--out", "W.safetensors").output.split())
+    assert "The loss did not fall" in said
+    assert "W is the start, and training added nothing" in said
 
 
 def test_data_that_cannot_be_trained_on(folder: Path, tmp_path: Path, store: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,25 @@ def test_a_named_space_meets_no_other(world: Path, published: Path, named: Path)
     assert "space" in command("evaluate", "--projection", W, "--store", named, "--queries", published, code=1)
     # No picture can be encoded for it.
     assert "imported" in command("match", world / "80b.png", "--store", named, code=2)
+
+
+def test_a_folder_of_queries_is_one_of_latents_where_the_store_is(
+    world: Path, published: Path, named: Path, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked"
+    (asked / "more").mkdir(parents=True)
+    shutil.copy(world / "features" / "80b.npy", asked)
+    shutil.copy(world / "features" / "81.npy", asked / "more")
+    W = world / "W-folder.safetensors"
+    command("solve", "--method", "svd", "--rank", 16, "--store", named, "--out", W)
+    found = run_match([asked], named, projection=W)
+    assert [Path(m.query).name for m in found.matches] == ["80b.npy", "81.npy"]
+    # Pictures of a space that can be encoded are queries still; and of an encoded store latents are none.
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(world / "80.png", tmp_path / "pictures")
+    assert len(run_match([tmp_path / "pictures"], published).matches) == 1
+    with pytest.raises(UsageError, match="no image files"):
+        run_match([asked], world / "encoded.zarr")
 
 
 def test_said_once_it_is_known(world: Path, named: Path) -> None:
@@ -274,6 +294,12 @@ def test_code_in_a_weight_is_refused_and_not_run(tmp_path: Path, protocol: int) 
         (3, "no tensors"),
         (torch.ones(RANK, DIM, dtype=torch.int64), "int64"),
         (torch.full((RANK, DIM), torch.nan), "not finite"),
+        (torch.zeros(RANK, DIM), "nothing but zeros"),
+        (torch.ones(2 * DIM, DIM), "none larger"),
+        (torch.ones(1).expand(RANK, DIM), "its numbers are repeated"),
+        ({"weight": WEIGHT, "bias": torch.ones(1).expand(1 << 40)}, "its numbers are repeated"),
+        (torch.eye(DIM).to_sparse(), "sparse_coo"),
+        (torch.empty(RANK, DIM, device="meta"), "on the device meta"),
     ],
 )
 def test_what_is_no_such_weight_is_refused(tmp_path: Path, content: Any, says: str) -> None:
@@ -281,6 +307,52 @@ def test_what_is_no_such_weight_is_refused(tmp_path: Path, content: Any, says: s
     with pytest.raises(ProjectionFormatError, match=says):
         run_import_weight(tmp_path / "w.pth", tmp_path / "W.safetensors", latent_shape=(4, 4, 4))
     assert not (tmp_path / "W.safetensors").exists()
+
+
+def test_a_mapping_that_holds_itself_is_read_once(tmp_path: Path) -> None:
+    """Sixteen ways back at each of the depths would be billions of tensors."""
+    content: dict[str, Any] = {"weight": WEIGHT}
+    content |= {f"m{i}": content for i in range(16)}
+    torch.save(content, tmp_path / "w.pth")
+    W = run_import_weight(tmp_path / "w.pth", tmp_path / "W.safetensors", latent_shape=(4, 4, 4))
+    assert W.provenance["key"] == "weight"
+
+
+def test_a_negated_view_is_its_numbers(tmp_path: Path) -> None:
+    torch.save(torch._neg_view(WEIGHT), tmp_path / "w.pth")
+    W = run_import_weight(tmp_path / "w.pth", tmp_path / "W.safetensors", latent_shape=(4, 4, 4))
+    assert np.array_equal(W.query_map, -WEIGHT.numpy().T)
+
+
+def test_an_archive_that_would_grow_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, path = tmp_path / "plain.pth", tmp_path / "w.pth"
+    torch.save(WEIGHT, plain)
+    with zipfile.ZipFile(plain) as read, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in read.namelist():
+            packed.writestr(name, read.read(name))
+    assert torch.equal(torch.load(path, weights_only=True), WEIGHT)  # torch itself takes it
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("unpacked"))
+    assert "a compressed archive" in command("import", path, "--latent-shape", "4,4,4", code=1)
+    path.write_bytes(plain.read_bytes()[:-8])
+    assert "cannot be read as plain torch weights" in command("import", path, code=1)
+
+
+def test_what_cannot_be_written_is_refused_and_what_is_replaced_is_told(tmp_path: Path) -> None:
+    weight, out = tmp_path / "w.pth", tmp_path / "W.safetensors"
+    torch.save(WEIGHT, weight)
+    words = ("import", weight, "--latent-shape", "4,4,4", "--out")
+    weight.with_name("broken.pth").write_bytes(b"nothing")
+    assert "no folder" in command(
+        "import", tmp_path / "broken.pth", "--out", tmp_path / "no" / out.name, code=2
+    )
+    for _ in range(2):
+        assert "replaced" not in command(*words, out)  # new; and then the same once more
+    torch.save(2 * WEIGHT, weight)
+    assert f"{out} was replaced: it held another W (torch weight, 64 x 8)." in command(*words, out)
+    torch.save(WEIGHT, weight)
+    assert "was replaced" in command(*words, out, "--json")["notes"][0]
+    out.write_bytes(b"something else")
+    assert "it held something else than a projection" in command(*words, out)
 
 
 def test_of_several_tensors_the_named_one_is_taken(tmp_path: Path) -> None:

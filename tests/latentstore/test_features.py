@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import pickle
@@ -153,6 +154,23 @@ def test_what_is_no_latent_is_named(data, status, says):
     assert says in refused.value.reason
 
 
+def test_what_python_2_wrote_is_read_without_a_word():
+    text = "{'descr': '<f4', 'fortran_order': False, 'shape': (4L, 8L, 8L)}\n"
+    assert np.array_equal(parse(header_bytes(text) + bytes(4 * DIM), SHAPE), np.zeros(DIM))
+
+
+def test_folders_too_deep_to_be_walked_are_refused(tmp_path):
+    deep = tmp_path / "features"
+    deep.joinpath(*"a" * 200).mkdir(parents=True)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 150)
+    try:
+        with pytest.raises(UsageError, match="too many levels deep"):
+            Features(deep, latent_shape=SHAPE).list()
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 # --- a folder ------------------------------------------------------------------------------------------
 
 
@@ -236,6 +254,11 @@ def test_bad_files_are_rows_with_a_reason_and_shift_no_others(tmp_path):
     assert not rows_of(root)[~ok].any()
     manifest = open_store(root).manifest(["status", "reason", "sha256", "bytes"]).to_pylist()
     assert all(m["reason"] for m in manifest if m["status"] != "ok")
+    why = {Path(path).stem: reason for path, _, reason in summary.bad}
+    assert (
+        why["T000002_0"] == "a number is beyond float16, whose largest is 65504: import with --dtype float32"
+    )
+    assert "float32" not in why["T000001_1"]
     # What is mended is read again; the link is accepted where links are.
     for path in (paths[1], paths[4]):
         path.unlink()
@@ -282,6 +305,21 @@ def test_new_files_are_appended_and_changed_ones_are_told(tmp_path):
     assert shard_facts(root)["0"] == before["0"]
     imported(folder, root, retry_changed=True)
     assert np.array_equal(rows_of(root)[0], -rows[0].astype(np.float16))
+
+
+def test_a_run_that_appends_retries_the_last_shard_too(tmp_path):
+    folder, root = tmp_path / "features", tmp_path / "s.zarr"
+    rows = feature_folder(folder, 90)
+    (folder / "T000029_2.npy").write_bytes(b"no latent")
+    imported(folder, root)
+    np.save(folder / "T000029_2.npy", rows[89])
+    np.save(folder / "T000029_1.npy", -rows[88].astype(np.float64))
+    np.save(folder / "T900000.npy", rows[5] + 1)
+    summary = imported(folder, root, retry_bad=True, retry_changed=True)
+    assert (summary.appended, summary.encoded, summary.counts) == (1, 3, {"ok": 91})
+    expected = np.vstack([rows[:88], -rows[88:89], rows[89:], rows[5:6] + 1]).astype(np.float16)
+    assert np.array_equal(rows_of(root), expected)
+    assert verify(open_store(root)).damages == []
 
 
 SLOW = """

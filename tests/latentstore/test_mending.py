@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from store_worlds import data_files, encode_patch, photo_folder, picture, png_claiming, tree
+from store_worlds import data_files, encode_patch, expected_latent, photo_folder, picture, png_claiming, tree
 from typer.testing import CliRunner
 
 from cli.app import app
@@ -142,6 +142,56 @@ def test_a_retry_that_is_killed_loses_nothing(tmp_path, folder, monkeypatch, sto
     (folder / "0004.png").unlink()
     encode_patch(folder, root, retry_bad=True)
     assert data_files(root) == data_files(tmp_path / "undisturbed.zarr")
+
+
+@pytest.mark.parametrize(
+    ("codec", "stop"), [(None, None), ("zstd", None), *((None, stop) for stop in range(9)), ("zstd", 7)]
+)
+def test_a_run_that_appends_retries_the_last_shard_too(tmp_path, folder, monkeypatch, codec, stop):
+    """One row mended, one changed and one file added in one run; nothing else is read, killed or not."""
+    root, shown = tmp_path / "bad.zarr", folder / "0095.png"
+    shown.write_bytes(b"no picture")
+    encode_patch(folder, root, codec=codec)
+    before = rows_of(root)
+    picture(95).save(shown, compress_level=1)
+    picture(999).save(folder / "0096.png", compress_level=1)
+    picture(N).save(folder / "9999.png", compress_level=1)
+    for i in range(84, 95):
+        (folder / f"{i:04d}.png").unlink()
+
+    def run():
+        # The list is looked at only once: what is gone stays a row.
+        return encode_patch(folder, root, retry_bad=True, retry_changed=True)
+
+    if stop is None:
+        assert (run().encoded, open_store(root).counts()) == (3, {"ok": N + 1})
+    else:
+        killed(monkeypatch, stop, run)
+        run()
+    store = open_store(root)
+    assert store.counts() == {"ok": N + 1}
+    assert verify(store).damages == []
+    assert np.flatnonzero((rows_of(root) != before).any(axis=1)).tolist() == [95, 96]
+    found = store.reader.read(95, N + 1)[[0, 1, -1]]
+    expected = [expected_latent(picture(i)) for i in (95, 999, N)]
+    # Neighbours in float16; near zero, what float32 products lose.
+    assert np.allclose(found, expected, rtol=np.finfo(np.float16).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_further_array_follows_a_last_shard_that_was_mended_and_grew(tmp_path, folder, root, at_once):
+    small(folder, root)
+    picture(999).save(folder / "0096.png", compress_level=1)
+    if not at_once:
+        encode_patch(folder, root, retry_changed=True)
+    picture(N).save(folder / "9999.png", compress_level=1)
+    encode_patch(folder, root, retry_changed=at_once)
+    small(folder, root)
+    fresh = tmp_path / "fresh.zarr"
+    encode_patch(folder, fresh)
+    small(folder, fresh)
+    assert np.array_equal(rows_of(root, "small"), rows_of(fresh, "small"))
+    assert verify(open_store(root)).damages == []
 
 
 class Killed(BaseException):

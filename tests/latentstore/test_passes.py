@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from store_worlds import make_store, rows_of
 
-from cli import gallery, kept
+from cli import gallery, kept, merging
 from cli.collection import Collection
 from cli.gallery import gallery_sums
 from cli.passes import PairPass
@@ -24,6 +24,8 @@ from latentstore.cluster import connect
 from latentstore.errors import StoreWriteError, UsageError
 from latentstore.removal import remove
 from latentstore.store import open_store
+from solvers.moments import Moments
+from solvers.sums import RowSums
 
 DIM, IDENTITIES, PER, SHARD = 24, 300, 2, 84
 ROWS = IDENTITIES * (1 + PER)
@@ -179,10 +181,63 @@ def test_the_total_is_the_parts_and_stands_in_for_them(collection, models):
     data[-9] ^= 1
     plan.total.write_bytes(bytes(data))
     assert_same(plan.moments(), kept_total, 1e-14)
+    assert plan.run() == 0
+    assert_same(Moments.load(plan.total)[0], kept_total, 0.0)  # made anew
     for task in plan.tasks:
         plan.path(task).unlink()
     with pytest.raises(UsageError, match="no pairs"):
         plan.moments(without=range(7))
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_pass_that_is_stopped_at_its_total_is_taken_up(collection, monkeypatch, again):
+    """What was asked is known as soon as all parts are kept; where it is not, the next run writes it down."""
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    plan = collection.pair_pass("train", models=True, parts=7)
+    monkeypatch.setattr("cli.passes.merge_tree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        plan.run()
+    monkeypatch.undo()
+    assert not plan.total.exists()
+    if again:
+        plan.folder.joinpath("plan-7-models.json").unlink()
+        assert plan.run() == 0
+    monkeypatch.setattr(PairPass, "in_memory", lambda *a: pytest.fail("read again"))
+    assert Collection.open(collection.store.path).data.moments.pairs.n == IDENTITIES * PER
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_merge_that_fails_leaves_nothing_behind(collection, monkeypatch, workers):
+    plan = collection.pair_pass("train", models=True, parts=4)
+    plan.run()
+    plan.total.unlink()
+    shared = next(plan.path(t) for t in plan.tasks if t.model is None)
+    shared.write_bytes(b"torn")
+    monkeypatch.setattr(plan, "_all_origins", lambda tasks: RowSums.load(shared))
+    if workers:
+        with connect(workers=workers) as client:
+            assert plan.run(client=client) == 0
+    else:
+        assert plan.run() == 0
+    assert not plan.total.exists()
+    assert not list(plan.folder.glob(".*"))
+
+
+def test_a_merge_counts_its_matrices(collection, monkeypatch):
+    need = kept.MERGE_MATRICES * 8 * DIM**2
+    monkeypatch.setattr(kept, "free_memory", lambda: need - 1)
+    with pytest.raises(UsageError, match=r"\(8 matrices of 24 x 24"):
+        collection.pair_pass("train").run()
+    asked = []
+    whole = merging.merge_tree
+    monkeypatch.setattr("cli.passes.free_memory", lambda: 3 * need)
+    monkeypatch.setattr("cli.passes.merge_tree", lambda *a, **k: asked.append(k) or whole(*a, **k))
+    monkeypatch.setattr(kept, "free_memory", lambda: need)
+    collection.pair_pass("train").run()
+    assert asked == [{"at_once": 3}]
 
 
 def test_solve_takes_up_what_is_kept(collection, monkeypatch):

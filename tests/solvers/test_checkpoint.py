@@ -210,6 +210,18 @@ def test_another_key_recipe_or_data_is_refused(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_run_of_another_device_is_refused_and_auto_is_what_it_chose(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    killed_at(6, replace(CFG, device="auto"), path)
+    recipe = _recipe(path)
+    ran = "cuda" if torch.cuda.is_available() else "cpu"
+    assert recipe["device"] == ran
+    ours = Checkpoint(path, key="k")
+    ours.save(*ours.load(recipe), {**recipe, "device": "xpu"})
+    with pytest.raises(CheckpointError, match=f"device is '{ran}' now and was 'xpu'"):
+        train(replace(CFG, device="auto"), make_source(), checkpoint=ours)
+
+
 def test_a_torn_or_flipped_file_is_refused(tmp_path):
     path = tmp_path / "run"
     killed_at(6, CFG, path)
@@ -242,6 +254,11 @@ def test_half_written_files_are_swept_and_the_disk_may_be_full(tmp_path):
     killed_at(6, CFG, path)
     left = tmp_path / ".run.0123.partial"
     left.write_bytes(b"half")
+    # A name that a pattern would read otherwise.
+    brackets = tmp_path / ".W[1].0123.partial"
+    brackets.write_bytes(b"half")
+    assert Checkpoint(tmp_path / "W[1]").load({}) is None
+    assert not brackets.exists()
     stranger = tmp_path / ".other.0123.partial"
     stranger.write_bytes(b"not ours")
     train(CFG, make_source(), checkpoint=Checkpoint(path, key="k"))

@@ -396,9 +396,10 @@ def test_what_falls_short_of_the_recipe_is_said():
     labels = np.array([0, 0, 1, 2, 2, 3])
     cfg = replace(preset_paper(rank=4), steps=3, schedule_every=1, device="cpu")
     fitted = cfg.fit(ArraySource(rng.standard_normal((6, D)), labels))
-    few, single = fitted.report["notes"]
+    few, single, repeated = fitted.report["notes"]
     assert few.startswith("There are 4 identities and the recipe asks for 128")
     assert single.startswith("2 of 4 identities have a single row")
+    assert repeated.startswith("2 of 4 identities have fewer rows than the 4 of a batch")
     assert few in fitted.report["statement"]
     enough = CosFace(rank=4, steps=3, batch_identities=3, device="cpu")
     two_each = ArraySource(rng.standard_normal((6, D)), np.repeat(np.arange(3), 2))

@@ -47,13 +47,19 @@ for name, knobs in SCENARIOS.items():
     said[name] = [result.best_step, result.steps, result.stopped_early, result.weight_init]
 said["calls"] = len(calls)
 
+class Counted(Checkpoint):
+    asked = 0
+    def overdue(self):
+        Counted.asked += 1
+        return super().overdue()
+
 path = out / "run"
 try:
     stop = (lambda: steps.append(1) or len(steps) == BREAKS_AT) if lead else None
     steps = []
-    train(CFG, make_source(), world=world, validate=validate, stop=stop, checkpoint=Checkpoint(path, key="k"))
+    train(CFG, make_source(), world=world, validate=validate, stop=stop, checkpoint=Counted(path, key="k"))
 except StoppedError as error:
-    said["stopped"] = error.step
+    said["stopped"], said["overdue"] = error.step, Counted.asked
 result = train(CFG, make_source(), world=world, validate=validate, checkpoint=Checkpoint(path, key="k"))
 np.save(out / f"resumed-{world.rank}.npy", result.weights)
 
@@ -146,6 +152,8 @@ def test_only_the_first_process_speaks(two):
 def test_all_stop_together_and_go_on(two):
     out, said = two
     assert [words["stopped"] for words in said] == [BREAKS_AT, BREAKS_AT]
+    # Only the leader saves, and only its clock starts anew with a save.
+    assert [words["overdue"] for words in said] == [BREAKS_AT, 0]
     first, second = (np.load(out / f"resumed-{rank}.npy") for rank in (0, 1))
     assert np.array_equal(first, second)
     assert np.array_equal(first, np.load(out / "plain-0.npy")), "interrupted or not, the same bits"

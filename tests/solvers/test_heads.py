@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +120,57 @@ def test_attention_is_softmax_of_scaled_products():
     assert np.abs(module(x).detach().numpy() - expected).max() < 1e-10
     pairs, per_token = 2 * 36 * 36 * 64, 4 * 192 + 64 * 4
     assert module.multiply_adds == pairs + 36 * per_token + DIM * RANK
+
+
+# Run as a child: a process's largest memory never falls again. The first run brings in all libraries and
+# holds a sixteenth of the batch at a time; embeddings, their gradient and copies are 4 more arrays. Of two
+# steps the second has Adam's moments beside it.
+GROWTH = """
+import gc, resource, sys
+from dataclasses import replace
+import numpy as np
+from solvers.heads import build_head
+from solvers.sgd import ArraySource, CosFace, train
+
+name, classes = sys.argv[1], 64
+shape, rank, rows = {
+    "mlp": ((4, 12, 12), 576, 4096),
+    "convolution": ((4, 24, 24), 2304, 1024),
+    "attention": ((4, 24, 24), 32, 128),
+}[name]
+dim = int(np.prod(shape))
+knobs = {"layers": 7} if name == "mlp" else {"latent_shape": shape}
+labels = np.repeat(np.arange(classes), rows // classes)
+x = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+cfg = CosFace(
+    rank=rank, head=name, steps=2, batch_identities=classes, per_identity=rows // classes,
+    class_init="random", device="cpu", accumulate=16, ema=False, **knobs,
+)
+def peak(cfg):
+    train(cfg, ArraySource(x, labels))
+    gc.collect()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+parts = peak(cfg)
+grown = peak(replace(cfg, accumulate=1)) - parts
+print((build_head(name, dim, rank, **knobs).row_bytes + 16 * rank) * rows * 15 // 16, grown)
+"""
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolution", "attention"])
+def test_what_a_batch_holds_in_the_head_is_counted(name):
+    run = subprocess.run(
+        [sys.executable, "-c", GROWTH, name],
+        capture_output=True,
+        text=True,
+        # Memory that is freed is given back at once: what is counted is what is held, to the megabyte.
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    counted, measured = map(int, run.stdout.split())
+    # Too little would let a run die; far too much would refuse one that fits.
+    assert 0.7 * measured < counted < 1.6 * measured
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from solvers import losses
 from solvers.errors import SolverUsageError
 from solvers.losses import DEFAULTS, LOSSES, gradients
 
@@ -200,6 +201,17 @@ def test_rounded_products_lose_their_operands_last_bits_alone(name):
         assert 0 < np.abs(got - want).max() < 8 * 2.0**-8 * np.abs(want).max()
 
 
+def test_where_torch_cannot_sum_in_another_type_the_rounded_operands_are_widened():
+    """On CUDA an older torch has no such product: what it is asked by is asked here of the one installed."""
+    version = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
+    assert losses._sums_in_other_types() == (version >= (2, 8))
+    a, b = (torch.randn(6, 5, generator=torch.manual_seed(s)).bfloat16() for s in (0, 1))
+    found = losses._product(a, b.T, torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, a.float() @ b.float().T)
+    assert not torch.equal(found, (a @ b.T).float()), "8 bits of a result are fewer"
+
+
 def test_what_does_not_fit_is_refused():
     y, C, labels = (torch.tensor(a) for a in world())
     for bad in (
@@ -220,9 +232,9 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_pytorch_metric_learning_agrees():
-    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    peers = pytest.importorskip("pytorch_metric_learning.losses")
     y, C, labels = world()
-    theirs = losses.CosFaceLoss(len(C), C.shape[1], margin=0.35, scale=64)
+    theirs = peers.CosFaceLoss(len(C), C.shape[1], margin=0.35, scale=64)
     theirs.W = torch.nn.Parameter(torch.tensor(C.T))
     ty = torch.tensor(y, requires_grad=True)
     value = theirs(ty, torch.tensor(labels))
@@ -233,7 +245,7 @@ def test_pytorch_metric_learning_agrees():
     assert np.abs(d_classes - theirs.W.grad.numpy().T).max() < 1e-6 * np.abs(d_classes).max()
 
     # Their Circle loss is over pairs: with the class weights as one reference a class it is the class level.
-    pairs = losses.CircleLoss(m=0.25, gamma=256)
+    pairs = peers.CircleLoss(m=0.25, gamma=256)
     ty, tC = (torch.tensor(a, requires_grad=True) for a in (y, C))
     value = pairs(ty, torch.tensor(labels), ref_emb=tC, ref_labels=torch.arange(len(C)))
     value.backward()
