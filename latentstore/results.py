@@ -21,8 +21,20 @@ from latentstore._version import __version__
 from latentstore.errors import ResultsError
 
 SCHEMA = "latentstore.results/1"
+_INTERVALS = ("false_alarm_interval", "detection_interval")
 
-Kind = Literal["evaluation", "solve", "demo", "sweep", "ablation", "compare", "theory", "benchmark"]
+Kind = Literal[
+    "evaluation",
+    "solve",
+    "demo",
+    "sweep",
+    "ablation",
+    "compare",
+    "theory",
+    "benchmark",
+    "match",
+    "attack",
+]
 Role = Literal["method", "control", "chance", "note"]
 
 
@@ -47,6 +59,10 @@ class Figure:
         How many queries (or repeats) stand behind it.
     note : str
         One plain sentence, or empty.
+    axes : dict
+        Where the queries stand, for tables and curves that are laid out by it: ``model`` (of the
+        translations), ``strength`` (a number), ``domain`` (``"seen"``, ``"unseen"``, ``"upper"``),
+        ``attack``, ``intensity`` (a number). A figure over several values of an axis lacks it.
     """
 
     name: str
@@ -58,6 +74,7 @@ class Figure:
     interval: tuple[float, float] | None = None
     n: int | None = None
     note: str = ""
+    axes: dict[str, str | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,8 @@ class Candidate:
     """One ranked reference of a match.
 
     ``thumbnail`` is a ``data:image/jpeg;base64,`` URI or empty; ``near`` holds the paths of its copies and
-    near-duplicates, which stand with it.
+    near-duplicates, which stand with it; ``heat`` is a ``data:image/png;base64,`` URI of the query with the
+    places that speak for this candidate.
     """
 
     path: str
@@ -91,6 +109,45 @@ class Candidate:
     correct: bool | None = None
     thumbnail: str = ""
     near: list[str] = field(default_factory=list)
+    heat: str = ""
+
+
+Decision = Literal["match", "doubtful", "no origin here"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a query's origin is in the collection at all, with what that decision is worth.
+
+    Attributes
+    ----------
+    decision : {"match", "doubtful", "no origin here"}
+    score : float
+        Of the first-ranked candidate, by the score that was calibrated (not the one that ranks).
+    p : float
+        Share of pictures without an origin here that would score as high: a conformal p-value.
+    false_alarm : float
+        Share of pictures without an origin here that are called what this one is called, or better.
+    false_alarm_interval : tuple of float
+        95 %.
+    detection : float or None
+        Share of pictures with an origin here whose origin comes first and is called so; of ``detection_of``.
+    n : int
+        Pictures that the calibration rests on.
+    note : str
+        One plain sentence, or empty.
+    """
+
+    decision: Decision
+    score: float
+    p: float
+    false_alarm: float
+    false_alarm_interval: tuple[float, float]
+    detection: float | None = None
+    detection_interval: tuple[float, float] | None = None
+    detection_of: str = ""
+    n: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +160,7 @@ class Match:
     candidates: list[Candidate] = field(default_factory=list)
     thumbnail: str = ""
     rank: int | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -228,12 +286,25 @@ def from_dict(raw: Mapping[str, Any]) -> Report:
         ]
         fields["curves"] = _each(Curve, fields.get("curves", []))
         fields["matches"] = [
-            Match(**{**m, "candidates": _each(Candidate, m.get("candidates", []))})
+            Match(
+                **{
+                    **m,
+                    "candidates": _each(Candidate, m.get("candidates", [])),
+                    "verdict": _verdict(m.get("verdict")),
+                }
+            )
             for m in fields.get("matches", [])
         ]
         return Report(**fields)
     except TypeError as exc:
         raise ResultsError(f"results file does not fit schema {SCHEMA}: {exc}.") from exc
+
+
+def _verdict(raw: Mapping[str, Any] | None) -> Verdict | None:
+    if raw is None:
+        return None
+    pairs = {name: raw.get(name) and tuple(raw[name]) for name in _INTERVALS}
+    return Verdict(**{**raw, **pairs})
 
 
 def _each(cls: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[Any]:
