@@ -217,7 +217,7 @@ def match(
     Example: latentstore match suspicious.jpg --store latents.zarr
     """
     from cli import render
-    from cli.workflows import run_match
+    from cli.matching import run_match
 
     found = run_match(queries, store, projection=projection, top=top, backend=backend.value, device=device)
     if json_:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from cli.demo import DemoResult
     from cli.duplicates import NearDuplicates
+    from cli.matching import MatchResult
     from cli.solving import Solved
     from cli.takedown import Chosen
-    from cli.workflows import MatchResult
     from latentstore.encode import EncodeSummary
     from latentstore.removal import Removal
     from latentstore.results import Figure, Match, Report

@@ -10,8 +10,9 @@ import pytest
 from cli_helpers import picture
 
 from cli import measure, solving
+from cli.asked import encode_files
 from cli.collection import Collection
-from cli.workflows import encode_files, run_encode, run_simulate
+from cli.workflows import run_encode, run_simulate
 from latentstore.simulate import Diffusion
 from solvers.errors import LeakError
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from cli.app import app
 from cli.importing import run_import_weight
-from cli.workflows import run_match
+from cli.matching import run_match
 from latentstore.encode import encode
 from latentstore.encoders import PatchEncoder
 from latentstore.errors import UsageError

@@ -86,13 +86,13 @@ def test_closed_forms_and_match_import_no_torch(here: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from cli import solving, workflows
+from cli import matching, solving, workflows
 from latentstore.simulate import Diffusion
 workflows.run_encode(Path("images"), Path("s.zarr"), encoder="patch", image_size=64)
 workflows.run_simulate(Path("s.zarr"), Path("p.zarr"), Diffusion())
 for method in ("svd", "gnull", "analytic"):
     solving.solve(Path("p.zarr"), Path(method + ".safetensors"), solving.SolveOptions(method, 32))
-workflows.run_match([Path("images/photo 01.jpg")], Path("s.zarr"))
+matching.run_match([Path("images/photo 01.jpg")], Path("s.zarr"))
 print(sorted({"torch", "diffusers", "dask", "cupy"} & set(sys.modules)))
 """
     done = subprocess.run(

@@ -15,7 +15,8 @@ from cli import account, measure
 from cli.app import app
 from cli.collection import Collection
 from cli.duplicates import run_duplicates
-from cli.workflows import run_encode, run_match, run_simulate
+from cli.matching import run_match
+from cli.workflows import run_encode, run_simulate
 from latentstore.errors import UsageError
 from latentstore.simulate import Diffusion
 
