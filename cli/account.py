@@ -120,18 +120,10 @@ def caveats(
         out.append(
             f"The gallery has {images}; origins are much easier to find among few than among millions."
         )
-    if measured and 0 < evaluation.n_references < len(collection.gallery):
-        out.append(
-            f"{evaluation.n_references} of the {len(collection.gallery)} gallery rows were ranked, drawn at "
-            "random beside all that are asked for: more would not fit in memory, and fewer make it easier."
-        )
     if evaluation.n_without_origin:
         out.append(f"{_queries(evaluation.n_without_origin)} left out: no origin in the gallery.")
     if evaluation.n_copies:
-        out.append(
-            f"{_queries(evaluation.n_copies, 'held-out')} left out: a copy or near-duplicate of their origin "
-            "stands in a split that was fitted or chosen on."
-        )
+        out.append(left_out_copies(evaluation.n_copies))
     if collection.near[1]:
         out.append(collection.near[1])
     n_pairs = len(collection.pairs("train")[1])
@@ -146,6 +138,14 @@ def caveats(
             "@k is the best of its ranks by these very queries: an advantage that a control may have."
         )
     return out
+
+
+def left_out_copies(n: int) -> str:
+    """Say that so many queries were left out because their origin, or nearly it, was fitted on."""
+    return (
+        f"{_queries(n, 'held-out')} left out: a copy or near-duplicate of their origin stands in a split that "
+        "was fitted or chosen on."
+    )
 
 
 def _queries(n: int, what: str = "") -> str:

@@ -6,7 +6,18 @@ import os
 
 import typer
 
-from cli import ablate_command, commands, import_command, store_commands, study_commands
+from cli import (
+    ablate_command,
+    attack_command,
+    commands,
+    evaluate_command,
+    import_command,
+    index_command,
+    match_command,
+    report_command,
+    store_commands,
+    study_commands,
+)
 from latentstore import __version__
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -38,10 +49,15 @@ def _root(
 
 COMMANDS = (
     *commands.COMMANDS,
+    *index_command.COMMANDS,
+    *match_command.COMMANDS,
     *study_commands.COMMANDS,
     *store_commands.COMMANDS,
     *import_command.COMMANDS,
     *ablate_command.COMMANDS,
+    *report_command.COMMANDS,
+    *attack_command.COMMANDS,
+    *evaluate_command.COMMANDS,
 )
 for _command in COMMANDS:
     app.command()(_command)

@@ -24,6 +24,8 @@ from solvers.sums import RowSums
 Rows = npt.NDArray[np.int64]
 OnPass = Callable[[int], streams.OnRows]
 """Told how many rows a pass will read; returns what counts them."""
+UNNAMED = "unnamed"
+"""What a model is called that the manifest does not name."""
 BLOCK = 1024
 HELD = 128 << 20
 """Bytes of latents that are kept in memory because many maps are applied to them one after the other."""
@@ -88,6 +90,23 @@ class Collection:
     def open(cls, path: Path) -> Collection:
         """Open the store at a path."""
         return cls(open_store(path))
+
+    @cached_property
+    def named_model(self) -> npt.NDArray[Any]:
+        """Model of each row, :data:`UNNAMED` where the manifest names none."""
+        return np.array([m or UNNAMED for m in self.model], dtype=object)
+
+    @cached_property
+    def strength(self) -> npt.NDArray[np.float64]:
+        """Editing strength of each row; NaN where it is not known."""
+        held = self.store.manifest(["strength"])["strength"].to_pylist()
+        # A strength is stored in float32: 0.9, not 0.899999976.
+        return np.array([np.nan if s is None else round(s, 6) for s in held], np.float64)
+
+    @cached_property
+    def prompt(self) -> npt.NDArray[Any]:
+        """Prompt of each row; None or empty where there is none."""
+        return np.asarray(self.store.manifest(["prompt"])["prompt"].to_pylist(), dtype=object)
 
     @cached_property
     def data_hash(self) -> str:
@@ -191,10 +210,14 @@ class Collection:
         origins = np.array([self._origin_of[i] for i in self.identity[translated]], np.int64)
         return origins, translated
 
-    def queries(self, split: str, group: str = "") -> Queries:
-        """Return the queries of a split: its translations, and rows of role ``query``."""
+    def queries(self, split: str, group: str = "", *, origins_elsewhere: bool = False) -> Queries:
+        """Return the queries of a split: its translations, and rows of role ``query``.
+
+        Translations need an origin in this store, unless origins lie elsewhere: in the gallery to be searched.
+        """
         asked = np.flatnonzero(self.ok & (self.role == "query") & (self.split == split))
-        rows = np.union1d(self.translations[self.split[self.translations] == split], asked)
+        mine = np.flatnonzero(self.ok & (self.role == "translation")) if origins_elsewhere else self.translations
+        rows = np.union1d(mine[self.split[mine] == split], asked)
         return Queries(self, rows, group or self._group_name(rows))
 
     def _group_name(self, rows: Rows) -> str:
@@ -285,6 +308,17 @@ class Collection:
     def references(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
         """Return rows projected as references, (n, m)."""
         return _stack([projection.references(b) for b in self.blocks(rows)])
+
+    def reference_blocks(self, projection: Projection, rows: Rows) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield rows projected as references, block by block, however many there are.
+
+        The last block is filled up with zeros for the product: what comes of a row then depends on the row
+        alone, wherever it stands, so that equal rows are equal in every bit.
+        """
+        for block in self.blocks(rows):
+            missing = BLOCK - len(block)
+            whole = np.pad(block, ((0, missing), (0, 0))) if missing else block
+            yield np.asarray(projection.references(whole), np.float32)[: len(block)]
 
     def project_queries(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
         """Return rows projected as queries, (n, m)."""

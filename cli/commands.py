@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.guard import STORE, Device, Json, Store, command_line, guarded
-from cli.options import BackendOption, Dtype, Mode, PosteriorOption, PrecisionOption
+from cli.options import Dtype, Mode, PosteriorOption, PrecisionOption
 from cli.solve_command import solve
 
 
@@ -201,54 +201,6 @@ def simulate(
 
 
 @guarded
-def match(
-    queries: Annotated[list[Path], typer.Argument(metavar="QUERY...", help="Pictures, or folders of them.")],
-    store: Store = STORE,
-    projection: Annotated[
-        Path | None, typer.Option(help="W to match with.", show_default="the collection's analytic map")
-    ] = None,
-    top: Annotated[int, typer.Option(help="Origins to show for each query.")] = 5,
-    backend: Annotated[BackendOption, typer.Option(help="What searches, exactly.")] = BackendOption.auto,
-    device: Device = "auto",
-    json_: Json = False,
-) -> None:
-    """Rank the collection's images as origins of suspicious pictures.
-
-    Example: latentstore match suspicious.jpg --store latents.zarr
-    """
-    from cli import render
-    from cli.matching import run_match
-
-    found = run_match(queries, store, projection=projection, top=top, backend=backend.value, device=device)
-    if json_:
-        render.emit({**found.__dict__, "matches": [render.plain(m) for m in found.matches]})
-    else:
-        render.say(render.matched(found))
-    if found.unreadable:
-        raise typer.Exit(1)
-
-
-@guarded
-def evaluate(
-    projection: Annotated[Path, typer.Option(help="W to evaluate.")] = Path("W-svd-512.safetensors"),
-    store: Store = STORE,
-    queries: Annotated[
-        Path | None, typer.Option(help="A store of queries.", show_default="the store itself")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the results as JSON here.")] = None,
-    json_: Json = False,
-) -> None:
-    """Report mAP and Acc of a W on test queries, beside raw, centred and PCA-whitened cosine.
-
-    Example: latentstore evaluate --projection W-svd-512.safetensors --store simulated.zarr
-    """
-    from cli import render, solving
-
-    report = solving.evaluate(store, projection, queries=queries, out=out, command=command_line())
-    render.emit(report.to_dict()) if json_ else render.say(render.evaluated(report))
-
-
-@guarded
 def demo(
     images: Annotated[
         Path | None, typer.Option(help="Your own folder.", show_default="photographs of scikit-image")
@@ -277,4 +229,4 @@ def demo(
         render.say(render.demonstrated(result))
 
 
-COMMANDS = (demo, encode, simulate, solve, match, evaluate)
+COMMANDS = (demo, encode, simulate, solve)

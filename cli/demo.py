@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from cli import account, measure
+from cli import account, failures, measure
 from cli.collection import Collection, Queries
+from cli.ranked import Asked, rankings
 from cli.solving import SolveOptions, fit
 from cli.workflows import run_encode, run_simulate
 from latentstore import attacks, photos, results
 from latentstore.encoders import DEFAULT
 from latentstore.errors import ImageError, UsageError
-from latentstore.images import decode, read_file, thumbnail
+from latentstore.images import decode, read_file
 from latentstore.manifest import list_folder
 from latentstore.report import write_html
-from latentstore.results import Candidate, Curve, Figure, Match, Report
+from latentstore.results import Curve, Figure, Report
 from latentstore.schema import split_of
 from latentstore.simulate import Diffusion
 from solvers.metrics import Ranking, average_precision
@@ -35,6 +35,7 @@ HEADLINE = "attacked pixels"
 DIFFUSION = Diffusion(alpha_bar=0.2, prompt=0.3)
 PER_ORIGIN = 4
 MAX_QUERIES = 200
+MATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
 
     judged = pairs.queries("validation")
     best = max(maps, key=lambda m: _rank(gallery, judged, maps[m]).map)
-    matches = _matches(gallery, root, groups[0], attacked, maps[best], out)
+    headline = Asked.of(gallery, [groups[0]])
+    ranking = rankings(gallery, headline, {best: maps[best]}, top=measure.TOP)[best]
+    matches = failures.pictured(gallery, headline, ranking, MATCHES)
     report = Report(
         kind="demo",
         title="Finding origins: the demo",
@@ -275,52 +278,6 @@ def _rank(gallery: Collection, queries: Queries, projection: Projection) -> Rank
         gallery.references(projection, gallery.gallery),
         gallery.labels(gallery.identity[gallery.gallery]),
     )
-
-
-def _matches(
-    gallery: Collection, root: Path, queries: Queries, attacked: Collection, W: Projection, out: Path
-) -> list[Match]:
-    """Return some matches with pictures: the narrowest misses first, then an even sample of finds."""
-    q = attacked.project_queries(W, queries.rows)
-    scores = q @ gallery.references(W, gallery.gallery).T
-    order = np.argsort(-scores, axis=1, kind="stable")
-    ids, wanted = gallery.labels(gallery.identity[gallery.gallery]), gallery.labels(queries.identity)
-    ranks = np.array([1 + int(np.flatnonzero(ids[o] == i)[0]) for o, i in zip(order, wanted, strict=True)])
-    missed, found = np.flatnonzero(ranks > 1), np.flatnonzero(ranks == 1)
-    shown = [*found[:: max(1, len(found) // 5)][:5], *missed[:: max(1, len(missed) // 3)][:3]]
-    matches = []
-    for n in shown:
-        row, top = queries.rows[n], order[n, :4]
-        candidates = []
-        for c in top:
-            at = gallery.gallery[c]
-            candidates.append(
-                Candidate(
-                    str(gallery.path[at]),
-                    str(gallery.identity[at]),
-                    float(scores[n, c]),
-                    bool(ids[c] == wanted[n]),
-                    _thumb(root / gallery.path[at]),
-                )
-            )
-        matches.append(
-            Match(
-                f"{queries.identity[n]}, {attacked.model[row]}",
-                attacked.model[row],
-                float(scores[n, top[0]] - scores[n, top[1]]) if len(top) > 1 else None,
-                candidates,
-                _thumb(out / "attacked" / attacked.path[row]),
-                int(ranks[n]),
-            )
-        )
-    return matches
-
-
-def _thumb(path: Path) -> str:
-    try:
-        return "data:image/jpeg;base64," + base64.b64encode(thumbnail(path, 112)).decode()
-    except ImageError:
-        return ""
 
 
 # --- words ------------------------------------------------------------------------------------------------

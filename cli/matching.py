@@ -1,98 +1,218 @@
-"""match: ranked origins of query pictures, each origin once, with the margin to the runner-up."""
+"""match: ranked origins of queries, each origin once, with a verdict and what speaks for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from latentstore.index import Index
 
-from cli.asked import encode_files, query_files
-from cli.collection import BLOCK, Collection
+from cli.asked import Asked, OnRows, OnStart, ask
+from cli.collection import Collection
+from cli.indexing import own_index, usable_index
 from cli.own_map import own_projection
-from cli.solving import load_projection
-from latentstore import encoders, search
+from cli.solving import check_writable, load_projection
+from cli.streams import ahead
+from cli.verdicts import Judge, judge_for
+from latentstore import heat, results, search
 from latentstore.errors import UsageError
-from latentstore.features import SUFFIX, load_queries
-from latentstore.importing import IMPORTED
-from latentstore.results import Candidate, Match
-from latentstore.store import exists, open_store
+from latentstore.pictures import SIDE, Pictures, thumbnail_uri
+from latentstore.results import Candidate, Match, Report
+from solvers.explain import contributions, grid
+from solvers.projection import Projection
+
+BLOCK = 8192
+"""Gallery rows that are projected at a time where no index keeps them."""
+Block = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+Phases = Callable[[str, str], tuple[OnStart, OnRows]]
+"""Told what begins, and of what; returns what is told how much there is to do, and what counts it."""
+SHOWN = 100
+"""Queries that get pictures; a page shows no more."""
+
+
+@dataclass(frozen=True)
+class MatchOptions:
+    """How to match; see ``latentstore match --help``."""
+
+    projection: Path | None = None
+    top: int = 5
+    backend: search.Backend = "auto"
+    device: str = "auto"
+    verdicts: bool = True
+    approximate: bool = False
 
 
 @dataclass(frozen=True)
 class MatchResult:
-    """Matches of every readable query, the queries that could not be read, and the map that was used."""
+    """Matches of every readable query, the queries that could not be read, and the map that was used.
+
+    Attributes
+    ----------
+    searched : str
+        What searched: a kept index, or the collection projected for the occasion; and by which backend.
+    note : str
+        Why near-duplicates are not grouped, or empty.
+    no_verdict : str
+        Why there are no verdicts, or empty.
+    """
 
     matches: list[Match]
     unreadable: list[tuple[str, str]]
     projection: str
     method: str
     made: bool
-    backend: str
+    searched: str
     note: str = ""
+    no_verdict: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """The collection, the map and what was found; rows are (q, k), best first."""
+
+    collection: Collection
+    W: Projection
+    name: str
+    made: bool
+    index: Index | None
+    asked: Asked
+    scores: npt.NDArray[Any]
+    rows: npt.NDArray[np.int64]
+    how: str
+    notes: list[str]
 
 
 def run_match(
     queries: list[Path],
     store: Path,
+    options: MatchOptions | None = None,
     *,
-    projection: Path | None = None,
-    top: int = 5,
-    backend: search.Backend = "auto",
-    device: str = "auto",
+    html: Path | None = None,
+    out: Path | None = None,
+    phases: Phases | None = None,
+    command: str = "",
 ) -> MatchResult:
-    """Rank the collection's images for query pictures (files or folders).
+    """Rank the collection's images for queries (pictures, folders, latents or stores).
 
-    Without a projection the collection's analytic map is made, kept in the store, and used again.
+    Without a projection the map of the collection's own index is used; without one the collection's
+    analytic map is made, kept in the store, and used again.
+
+    Parameters
+    ----------
+    html, out : Path, optional
+        Write a page with pictures, or the results as JSON, here.
     """
-    files = query_files(queries, exists(store) and open_store(store).kind == IMPORTED)
-    if top < 1:
-        raise UsageError(f"--top is {top}; at least 1 is needed.")
-    chosen = search.select_backend(backend)
-    given = None if projection is None else load_projection(projection)
+    options = options or MatchOptions()
+    began = time.perf_counter()
+    if options.top < 1:
+        raise UsageError(f"--top is {options.top}; at least 1 is needed.")
+    for path in (html, out):
+        if path is not None:
+            check_writable(path)
+    phases = phases or (lambda label, unit: (lambda todo, total: None, lambda rows, bad: None))
+    found = _search(queries, store, options, phases)
+    collection, asked = found.collection, found.asked
+    judge, why = None, ""
+    if options.verdicts:
+        on_start, on_rows = phases("calibrate the verdict", "rows")
+        judge, why = judge_for(
+            collection, found.W, blocks=lambda: _blocks(found), on_start=on_start, on_rows=on_rows
+        )
+    verdicts = [None] * len(asked.names) if judge is None else judge.verdicts(asked.latents, found.rows[:, 0])
+    matches = [
+        Match(
+            query=name,
+            group="",
+            margin=_margin(s, collection.labels(collection.identity[rows])),
+            candidates=_origins(collection, s, rows)[: options.top],
+            verdict=verdict,
+        )
+        for name, s, rows, verdict in zip(asked.names, found.scores, found.rows, verdicts, strict=True)
+    ]
+    result = MatchResult(
+        matches,
+        asked.unreadable,
+        found.name,
+        found.W.method,
+        found.made,
+        found.how,
+        collection.near[1],
+        why,
+        found.notes,
+    )
+    if html is not None or out is not None:
+        report = _report(found, result, judge, options, command, time.perf_counter() - began)
+        if out is not None:
+            report.write(out)
+        if html is not None:
+            from latentstore.report import write_html
+
+            write_html(report, html)
+    return result
+
+
+def _search(queries: list[Path], store: Path, options: MatchOptions, phases: Phases) -> _Searched:
+    given = None if options.projection is None else load_projection(options.projection)
     collection = Collection.open(store)
     collection.require_gallery()
     if given is not None:
         given.check_space(collection.store.space.id)
-    present = collection.store
-    if present.kind == IMPORTED and all(path.suffix.lower() == SUFFIX for path in files):
-        names, latents, unreadable = load_queries(files, present.space)
-    elif present.space.encoder == IMPORTED:
-        named = present.provenance["encoder"]["named"]
-        raise UsageError(
-            f"{store} holds imported latents whose encoder is only named ({named}): its "
-            f"queries are {SUFFIX} files of the same encoder, not pictures."
-        )
+    on_start, on_rows = phases("read the queries", "queries")
+    asked = ask(queries, collection.store, device=options.device, on_start=on_start, on_rows=on_rows)
+    notes: list[str] = []
+    index: Index | None
+    if given is not None:
+        W, name, made = given, str(options.projection), False
+        index, why = usable_index(collection, W)
+    elif (own := own_index(collection)) is not None:
+        (W, index), name, made = own, f"{store}'s index", False
+        why = ""
     else:
-        encoder = encoders.load_for(present.space, present.provenance["encoder"], device=device)
-        names, latents, unreadable = encode_files(files, encoder)
-    if not names:
-        listed = "; ".join(f"{n}: {why}" for n, why in unreadable[:3])
-        raise UsageError(f"None of the {len(files)} queries can be read ({listed}).")
-    W, name, made = (given, str(projection), False) if given is not None else own_projection(collection)
-    scores, rows = search.top_k(
-        np.asarray(W.queries(latents)),
-        (
-            (
-                collection.gallery[at : at + BLOCK],
-                np.asarray(W.references(collection.read(collection.gallery[at : at + BLOCK]))),
-            )
-            for at in range(0, len(collection.gallery), BLOCK)
-        ),
-        max(top, 10) + _hidden(collection, max(top, 10)),
-        backend=backend,
-    )
-    matches = [
-        Match(
-            query=name_,
-            group="",
-            margin=_margin(s, collection.labels(collection.identity[found])),
-            candidates=_origins(collection, s, found)[:top],
+        W, name, made = own_projection(collection)
+        index, why = usable_index(collection, W)
+    if why:
+        notes.append(why)
+    if options.approximate and index is None:
+        raise UsageError(
+            f"--approximate needs an index of {store} that is current: latentstore index --store {store} "
+            "--factory IVF256,Flat makes one."
         )
-        for name_, s, found in zip(names, scores, rows, strict=True)
-    ]
-    return MatchResult(matches, unreadable, name, W.method, made, chosen, collection.near[1])
+    k = max(options.top, 10) + _hidden(collection, max(options.top, 10))
+    projected = np.asarray(W.queries(asked.latents), np.float32)
+    held = _Searched(collection, W, name, made, index, asked, np.empty(0), np.empty(0, np.int64), "", notes)
+    if options.approximate and index is not None:
+        scores, rows = index.approximate(projected, k)
+        return replace(held, scores=scores, rows=rows, how="an approximate index")
+    on_start, on_rows = phases("search", "rows")
+    on_start(len(collection.gallery), len(collection.gallery))
+    scores, rows = search.top_k(
+        projected, _counted(_blocks(held), on_rows), k, backend=options.backend, device=options.device
+    )
+    how = "its kept index" if index is not None else "projected for this search"
+    return replace(held, scores=scores, rows=rows, how=how)
+
+
+def _blocks(found: _Searched) -> Iterator[Block]:
+    """Yield the gallery as (rows, projected rows): from the index, or mapped now."""
+    if found.index is not None:
+        yield from found.index.blocks()
+        return
+    gallery, collection = found.collection.gallery, found.collection
+    spans = [gallery[at : at + BLOCK] for at in range(0, len(gallery), BLOCK)]
+    for span, latents in zip(spans, ahead(collection.read, spans), strict=True):
+        yield span, np.asarray(found.W.references(latents), np.float32)
+
+
+def _counted(blocks: Iterable[Block], on_rows: OnRows) -> Iterator[Block]:
+    for rows, block in blocks:
+        yield rows, block
+        on_rows(len(rows), 0)
 
 
 def _hidden(collection: Collection, top: int) -> int:
@@ -103,18 +223,120 @@ def _hidden(collection: Collection, top: int) -> int:
 
 def _origins(collection: Collection, scores: Any, rows: Any) -> list[Candidate]:
     """Return ranked rows as candidates, each origin once: its best row, with the others' paths."""
-    found: list[Candidate] = []
+    return [
+        Candidate(
+            str(collection.path[row]),
+            str(collection.identity[row]),
+            score,
+            near=[str(p) for p in collection.path[others]],
+        )
+        for score, row, others in _once(collection, scores, rows)
+    ]
+
+
+def _once(collection: Collection, scores: Any, rows: Any) -> Iterator[tuple[float, int, list[int]]]:
+    """Yield (score, best row, its other rows) of each origin."""
     seen: set[int] = set()
     for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
         if row not in seen:
             others = [r for r in collection.twins.get(row, np.empty(0, np.int64)).tolist() if r != row]
             seen |= {row, *others}
-            path, identity = str(collection.path[row]), str(collection.identity[row])
-            found.append(Candidate(path, identity, score, near=[str(p) for p in collection.path[others]]))
-    return found
+            yield score, row, others
 
 
 def _margin(scores: Any, labels: Any) -> float | None:
     """Return the top score less the best of another origin, or None when no other is near the top."""
     others = np.flatnonzero(labels != labels[0])
     return float(scores[0] - scores[others[0]]) if len(others) else None
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def _report(
+    found: _Searched,
+    result: MatchResult,
+    judge: Judge | None,
+    options: MatchOptions,
+    command: str,
+    seconds: float,
+) -> Report:
+    collection, store = found.collection, found.collection.store
+    return Report(
+        kind="match",
+        title="Where do these pictures come from?",
+        summary=summary(result, len(collection.gallery)),
+        data={
+            "queries": len(result.matches),
+            "unreadable": len(result.unreadable),
+            "store": str(store.path),
+            "gallery": len(collection.gallery),
+            "encoder": store.provenance.get("encoder", {}).get("name", ""),
+            "dimension": store.layout.dim,
+            "space": store.space.id,
+        },
+        settings={
+            "map": result.method,
+            "file": result.projection,
+            "rank": found.W.rank,
+            "searched": result.searched,
+            "origins shown": options.top,
+        },
+        reproduce=[command] if command else [],
+        curves=[] if judge is None else judge.curves(),
+        matches=_with_pictures(found, result.matches),
+        caveats=_caveats(result),
+        timings={"match": seconds},
+        **results.stamp(),
+    )
+
+
+def summary(result: MatchResult, references: int) -> list[str]:
+    """Return what was found, in plain words."""
+    n = len(result.matches)
+    of = f"{n:,} {'query was' if n == 1 else 'queries were'} compared with {references:,} pictures"
+    decided = [m.verdict.decision for m in result.matches if m.verdict is not None]
+    if not decided:
+        return [f"{of}. {result.no_verdict}".strip()]
+    counts = {d: decided.count(d) for d in ("match", "doubtful", "no origin here")}
+    words = ", ".join(f"{count:,} {decision}" for decision, count in counts.items() if count)
+    return [f"{of}: {words}."]
+
+
+def _caveats(result: MatchResult) -> list[str]:
+    out = [*result.notes, result.note, result.no_verdict]
+    out += [f"{name} could not be read: {why}" for name, why in result.unreadable[:20]]
+    if len(result.unreadable) > 20:
+        out.append(f"{len(result.unreadable) - 20:,} further queries could not be read.")
+    if result.method == "analytic":
+        out.append(
+            "The analytic map assumes one diffusion step from the origin; it learned nothing of the model "
+            "that may have made these pictures."
+        )
+    out.append("A high score says that two pictures agree in what an autoencoder keeps, not who copied whom.")
+    return [text for text in out if text]
+
+
+def _with_pictures(found: _Searched, matches: list[Match]) -> list[Match]:
+    """Add thumbnails, and the heat map of the first candidates."""
+    collection = found.collection
+    pictures, shape = Pictures(collection.store), collection.store.space.latent_shape
+    shown = []
+    for number, match in enumerate(matches[:SHOWN]):
+        image = found.asked.picture(number)
+        ranked = list(_once(collection, found.scores[number], found.rows[number]))[: len(match.candidates)]
+        latents = collection.read(np.array([row for _, row, _ in ranked], np.int64))
+        candidates = []
+        for candidate, (_, row, _), latent in zip(match.candidates, ranked, latents, strict=True):
+            agreed = contributions(found.W, found.asked.latents[number], latent)
+            candidates.append(
+                replace(
+                    candidate,
+                    thumbnail=pictures.thumbnail(row),
+                    heat=heat.overlay(grid(agreed, shape), image, SIDE),
+                )
+            )
+        shown.append(
+            replace(match, thumbnail="" if image is None else thumbnail_uri(image), candidates=candidates)
+        )
+    return [*shown, *matches[SHOWN:]]

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cli.collection import Collection, Queries, Rows
+from cli.ranked import Asked, rankings
+from cli.ranked import used_names as used_names
 from latentstore.errors import UsageError
-from latentstore.results import Figure
+from latentstore.results import Figure, Role
 from solvers.gallery_maps import Centred, Identity, Pca
 from solvers.methods import get
 from solvers.metrics import (
     Ranking,
-    average_precision,
+    balanced_mean,
     bootstrap,
     chance_map,
+    chance_micro,
+    micro_average_precision,
+    micro_bootstrap,
     paired_bootstrap,
-    refuse_leak,
+    quantile_bootstrap,
+    recall_at,
     residual_of_blocks,
 )
+from solvers.metrics import refuse_leak as refuse_leak
 from solvers.projection import Projection
 from solvers.selection import controls
 from solvers.weighted import NormWeighted
@@ -35,7 +43,11 @@ THEMSELVES = frozenset({Identity.name, Centred.name, Pca.name, NormWeighted.name
 RANDOM = "random subspace"
 """The control that knows nothing: to be beaten, never the best of the controls."""
 MEMORY = 4 << 30
-"""Bytes that projected references may take at a time."""
+"""Bytes that the projected references may take of which a judge ranks its sample."""
+RECALLS = (1, 5, 10, 100)
+QUARTILES = (0.25, 0.5, 0.75)
+TOP = 10
+"""Predictions of a query that µAP counts."""
 
 
 @dataclass(frozen=True)
@@ -106,76 +118,118 @@ def evaluate(
     LeakError
         A method was chosen on identities that are to be reported.
     """
-    out = Evaluation()
     gallery.require_gallery()
-    widest = max(p.rank for p in (*methods.values(), *control_set.values()))
-    rows = affordable(gallery, queries, widest)
-    reference_labels = gallery.labels(gallery.identity[rows])
-    labels, known = gallery.labels(queries.identity), set(reference_labels.tolist())
-    findable = np.array([x in known for x in labels], bool)
-    clean = gallery.is_clean(queries.identity, queries.collection.split[queries.rows])
-    asked = Queries(queries.collection, queries.rows[findable & clean], queries.group)
-    labels = labels[findable & clean]
-    out.n_references, out.n_without_origin = len(rows), int((~findable).sum())
-    out.n_copies = int((findable & ~clean).sum())
-    if not len(asked.rows):
-        return out
-    for projection in methods.values():
-        refuse_leak(projection, used_names(asked.collection, asked.rows))
-    groups = asked.collection.group[asked.rows]
-    for name, projection in {**control_set, **methods}.items():
-        projection.check_space(gallery.store.space.id)
-        projection.check_space(asked.collection.store.space.id)
-        out.rankings[name, asked.group] = average_precision(
-            asked.collection.project_queries(projection, asked.rows),
-            labels,
-            gallery.references(projection, rows),
-            reference_labels,
-        )
-    shown = [n for n in control_set if n not in methods]
-    if not every_rank:
-        shown = _best_of_ladders(shown, {n: out.rankings[n, asked.group].map for n in shown})
-    best = max(
-        (n for n in shown if not n.startswith(RANDOM)),
-        key=lambda n: out.rankings[n, asked.group].map,
-        default=None,
+    asked = Asked.of(gallery, [queries])
+    out = Evaluation(
+        n_references=len(gallery.gallery), n_without_origin=asked.n_without_origin, n_copies=asked.n_copies
     )
-    for name in methods:
-        ranking = out.rankings[name, asked.group]
-        out.figures += _figures(name, "method", asked.group, ranking, groups)
-        if name in THEMSELVES:
-            sentence = f"{name} is a control itself: every W is to beat it, and it has nothing to beat."
-            out.methods.append(Measured(name, asked.group, ranking, verdict=sentence))
-            continue
-        measured = _against(name, asked.group, ranking, best, out, groups)
-        out.methods.append(measured)
-        if measured.gain is not None:
-            out.figures.append(
-                Figure(
-                    "gain over best control",
-                    measured.gain,
-                    name,
-                    "method",
-                    asked.group,
-                    "fraction",
-                    measured.gain_interval,
-                    len(ranking.ap),
-                    measured.verdict,
-                )
-            )
-    for name in shown:
-        out.figures += _figures(name, "control", asked.group, out.rankings[name, asked.group], groups)
-    n = len(asked.rows)
-    chance = chance_map(len(rows))
-    out.figures.append(Figure("mAP", chance, "chance", "chance", asked.group, "fraction", None, n))
-    out.figures.append(Figure("Acc", 1 / len(rows), "chance", "chance", asked.group, "fraction", None, n))
+    if not len(asked):
+        return out
+    asked.check(gallery, methods)
+    found = rankings(gallery, asked, {**control_set, **methods})
+    out.rankings = {(name, queries.group): ranking for name, ranking in found.items()}
+    names = [n for n in control_set if n not in methods]
+    shown = names if every_rank else best_of_ladders(names, {n: found[n].map for n in names})
+    group = Group(queries.group, asked.photos)
+    out.figures, out.methods = compared(group, found, list(methods), shown)
+    out.figures += chance(group, len(gallery.gallery), len(asked))
     return out
 
 
-def used_names(collection: Collection, rows: Rows) -> list[str]:
-    """Return the names by which rows count as used or reported: identities, and the photos behind them."""
-    photos = {f"group {g}" for g in collection.group[rows].tolist()}
-    return sorted(photos | set(collection.identity[rows].tolist()))
+@dataclass(frozen=True)
+class Group:
+    """Queries that are reported together.
+
+    Attributes
+    ----------
+    name : str
+    photos : (q,) array
+        The photo behind each query.
+    axes : dict
+        As of a :class:`~latentstore.results.Figure`.
+    strata : (q,) array or None
+        What weighs the same in a mean, whatever its number of queries: the models of Tables 3 and 10.
+    full : bool
+        Report recall, µAP and the margin, too.
+    """
+
+    name: str
+    photos: npt.NDArray[Any]
+    axes: dict[str, str | float] = field(default_factory=dict)
+    strata: npt.NDArray[Any] | None = None
+    full: bool = False
+
+    @property
+    def n_photos(self) -> int:
+        """Independent photos behind the group."""
+        return len(np.unique(self.photos))
+
+    def mean(self, values: npt.NDArray[Any]) -> float:
+        """Return the mean over queries, or over strata."""
+        return balanced_mean(values, self.strata)
+
+    def map(self, ranking: Ranking) -> float:
+        """Return mAP as it is reported."""
+        return self.mean(ranking.ap)
+
+
+def compared(
+    group: Group, found: Mapping[str, Ranking], methods: Sequence[str], controls: Sequence[str]
+) -> tuple[list[Figure], list[Measured]]:
+    """Return the figures of methods and controls on one group, each method beside its best control.
+
+    Parameters
+    ----------
+    group : Group
+    found : mapping of name to Ranking
+        Of the group's queries alone.
+    methods, controls : sequences of str
+        Whose figures are returned; the best control is the best of these.
+    """
+    best = max(
+        (n for n in controls if not n.startswith(RANDOM)), key=lambda n: group.map(found[n]), default=None
+    )
+    figures: list[Figure] = []
+    measured: list[Measured] = []
+    for name in methods:
+        ranking = found[name]
+        figures += _figures(name, "method", group, ranking)
+        if name in THEMSELVES:
+            sentence = f"{name} is a control itself: every W is to beat it, and it has nothing to beat."
+            measured.append(Measured(name, group.name, ranking, verdict=sentence))
+            continue
+        against = _against(name, group, ranking, best, found)
+        measured.append(against)
+        if against.gain is not None:
+            figures.append(
+                Figure(
+                    "gain over best control",
+                    against.gain,
+                    name,
+                    "method",
+                    group.name,
+                    "fraction",
+                    against.gain_interval,
+                    len(ranking.ap),
+                    against.verdict,
+                    axes=group.axes,
+                )
+            )
+    for name in controls:
+        figures += _figures(name, "control", group, found[name])
+    return figures, measured
+
+
+def chance(group: Group, n_references: int, n: int) -> list[Figure]:
+    """Return what a random order of the references would reach, with one positive a query."""
+    values = {"mAP": chance_map(n_references), "Acc": 1 / n_references}
+    if group.full:
+        values |= {f"recall@{k}": k / n_references for k in RECALLS if k < n_references}
+        values["µAP"] = chance_micro(n, n_references, top=TOP)
+    return [
+        Figure(name, value, "chance", "chance", group.name, "fraction", None, n, axes=group.axes)
+        for name, value in values.items()
+    ]
 
 
 def affordable(gallery: Collection, queries: Queries, columns: int) -> Rows:
@@ -190,29 +244,65 @@ def affordable(gallery: Collection, queries: Queries, columns: int) -> Rows:
     return np.sort(np.concatenate([rows[wanted], others[: max(0, room - int(wanted.sum()))]]))
 
 
-def _figures(name: str, role: Any, group: str, ranking: Ranking, groups: np.ndarray) -> list[Figure]:
-    kept = groups[ranking.queries]
-    out = []
-    for what, values in (("mAP", ranking.ap), ("Acc", ranking.hit1.astype(float))):
-        interval = bootstrap(values, kept) if len(np.unique(kept)) > 1 else None
-        note = f"{ranking.ties} ties, counted against it" if ranking.ties and what == "mAP" else ""
-        out.append(
-            Figure(what, float(values.mean()), name, role, group, "fraction", interval, len(values), note)
-        )
+def figure(
+    what: str, values: npt.NDArray[Any], name: str, role: Role, group: Group, note: str = ""
+) -> Figure:
+    """Return the mean of a measure that every query has, as a figure with its interval over photos."""
+    interval = bootstrap(values, group.photos, strata=group.strata) if group.n_photos > 1 else None
+    value, n = group.mean(values), len(values)
+    return Figure(what, value, name, role, group.name, "fraction", interval, n, note, axes=group.axes)
+
+
+def _figures(name: str, role: Role, group: Group, ranking: Ranking) -> list[Figure]:
+    ties = f"{ranking.ties} ties, counted against it" if ranking.ties else ""
+    out = [
+        figure("mAP", ranking.ap, name, role, group, ties),
+        figure("Acc", ranking.hit1, name, role, group),
+    ]
+    if group.full:
+        recalls = [k for k in RECALLS if k < ranking.n_references]
+        out += [figure(f"recall@{k}", recall_at(ranking, k), name, role, group) for k in recalls]
+        out += _over_scores(name, role, group, ranking)
     return out
 
 
+def _over_scores(name: str, role: Role, group: Group, ranking: Ranking) -> list[Figure]:
+    """Return µAP and the margin's quartiles: what a ranking query by query does not tell."""
+    n, several = len(ranking.ap), group.n_photos > 1
+    strata = np.zeros(n) if group.strata is None else group.strata
+    each = [micro_average_precision(ranking.subset(strata == s), top=TOP) for s in np.unique(strata)]
+    interval = micro_bootstrap(ranking, group.photos, strata=strata, top=TOP) if several else None
+    note = f"over the {TOP} best references of each query, all in one list by score; ties in the worst order"
+    value = float(np.mean(each))
+    out = [Figure("µAP", value, name, role, group.name, "fraction", interval, n, note, axes=group.axes)]
+    margin = ranking.margin
+    told = np.isfinite(margin)
+    if not told.any():
+        return out
+    note = (
+        "the best origin's score less that of the best other image; below 0 is a miss; maps differ in scale"
+    )
+    values = np.quantile(margin[told], QUARTILES)
+    spans = quantile_bootstrap(margin[told], group.photos[told], QUARTILES) if several else [None] * 3
+    names = ("margin, lower quartile", "margin", "margin, upper quartile")
+    return out + [
+        Figure(what, float(value), name, role, group.name, "", span, n, note, axes=group.axes)
+        for what, value, span in zip(names, values, spans, strict=True)
+    ]
+
+
 def _against(
-    name: str, group: str, ranking: Ranking, best: str | None, out: Evaluation, groups: np.ndarray
+    name: str, group: Group, ranking: Ranking, best: str | None, found: Mapping[str, Ranking]
 ) -> Measured:
     if best is None:
-        return Measured(name, group, ranking)
-    control = out.rankings[best, group]
-    gain = ranking.map - control.map
-    kept = groups[ranking.queries]
-    interval = paired_bootstrap(ranking.ap, control.ap, kept) if len(np.unique(kept)) > 1 else None
-    sentence = verdict(name, group, gain, interval, best, n_groups=len(np.unique(kept)))
-    return Measured(name, group, ranking, gain, interval, best, sentence)
+        return Measured(name, group.name, ranking)
+    control = found[best]
+    gain = group.map(ranking) - group.map(control)
+    interval = None
+    if group.n_photos > 1:
+        interval = paired_bootstrap(ranking.ap, control.ap, group.photos, strata=group.strata)
+    sentence = verdict(name, group.name, gain, interval, best, n_groups=group.n_photos)
+    return Measured(name, group.name, ranking, gain, interval, best, sentence)
 
 
 def verdict(
@@ -268,7 +358,7 @@ def fit_controls(collection: Collection, rank: int) -> dict[str, Projection]:
     return own
 
 
-def _best_of_ladders(names: list[str], score: Mapping[str, float]) -> list[str]:
+def best_of_ladders(names: list[str], score: Mapping[str, float]) -> list[str]:
     """Leave out of ``A @8``, ``A @16`` ... all but the best; the lower rank of equals."""
     best: dict[str, str] = {}
     for name in names:

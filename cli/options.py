@@ -63,6 +63,7 @@ class BackendOption(StrEnum):
     auto = "auto"
     faiss = "faiss"
     numpy = "numpy"
+    torch = "torch"
 
 
 class Loss(StrEnum):

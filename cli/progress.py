@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -159,6 +159,24 @@ def passes(label: str, *, quiet: bool = False) -> Iterator[Callable[[int], Calla
             shown._marks.clear()
             shown.on_start(rows, rows)
             return shown.on_rows
+
+        yield begin
+
+
+@contextmanager
+def phases(
+    *, quiet: bool = False
+) -> Iterator[Callable[[str, str], tuple[Callable[[int, int], None], Callable[[int, int], None]]]]:
+    """Yield what begins a phase of a job (label, unit), and returns its (on_start, on_rows).
+
+    One bar at a time: a phase ends the one before it.
+    """
+    with ExitStack() as stack:
+
+        def begin(label: str, unit: str) -> tuple[Callable[[int, int], None], Callable[[int, int], None]]:
+            stack.close()
+            shown = stack.enter_context(tracked(label, unit, quiet=quiet))
+            return shown.on_start, shown.on_rows
 
         yield begin
 

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
     from cli.demo import DemoResult
     from cli.duplicates import NearDuplicates
-    from cli.matching import MatchResult
     from cli.solving import Solved
     from cli.takedown import Chosen
     from latentstore.encode import EncodeSummary
     from latentstore.removal import Removal
-    from latentstore.results import Figure, Match, Report
+    from latentstore.results import Figure, Report
     from latentstore.verify import Verification
 
 
@@ -124,21 +123,6 @@ def figures_table(figures: list[Figure], group: str) -> str:
 def _control_order(subject: str) -> tuple[int, str]:
     first = ("raw", "centred")
     return (first.index(subject), "") if subject in first else (2 + (subject == "random subspace"), subject)
-
-
-def matches_table(matches: list[Match]) -> str:
-    """Return the ranked origins of each query."""
-    out = []
-    for match in matches:
-        rows = [[str(i + 1), f"{c.score:.4f}", printable(c.path)] for i, c in enumerate(match.candidates)]
-        header = ["rank", "score", "origin"]
-        if any(c.near for c in match.candidates):
-            near = [f"+ {len(c.near):,} near-duplicate{'s' * (len(c.near) > 1)}" for c in match.candidates]
-            header.append("")
-            rows = [[*r, n * bool(c.near)] for r, n, c in zip(rows, near, match.candidates, strict=True)]
-        margin = "" if match.margin is None else f"   margin to the runner-up {match.margin:.4f}"
-        out.append(f"{printable(match.query)}{margin}\n" + table(header, rows, left=0))
-    return "\n\n".join(out)
 
 
 def printable(text: str) -> str:
@@ -253,11 +237,6 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def evaluated(report: Report) -> str:
-    """Return an evaluation, in the terminal."""
-    return "\n".join([report.title, *_measured(report)])
-
-
 def _measured(report: Report, above: tuple[str | None, ...] = ()) -> list[str]:
     """Return the figures of every group, then what is to be said of them and was not said above."""
     groups = list(dict.fromkeys(f.group for f in report.figures if f.name == "mAP"))
@@ -270,20 +249,6 @@ def _measured(report: Report, above: tuple[str | None, ...] = ()) -> list[str]:
         *(s for s in report.summary if s not in above),
         *(f"Note: {c}" for c in report.caveats),
     ]
-
-
-def matched(found: MatchResult) -> str:
-    """Return the matches of all queries, in the terminal."""
-    how = "made and kept" if found.made else "read"
-    lines = [
-        f"{found.method} map, {how}: {found.projection} ({found.backend})",
-        "",
-        matches_table(found.matches),
-    ]
-    lines += [f"\n{printable(name)} cannot be read: {why}" for name, why in found.unreadable]
-    if found.note:
-        lines.append(f"\nNote: {found.note}")
-    return "\n".join(lines)
 
 
 def near_duplicates(found: NearDuplicates) -> str:

@@ -1,4 +1,4 @@
-"""solve and evaluate: fit W on the training split, choose on validation, report on test."""
+"""solve: fit W on the training split, choose on validation, report on test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from cli.simulating import SimulatedPairs
 from cli.training import Progress, Run, finished, fit_cosface
 from latentstore import results
 from latentstore._version import __version__
-from latentstore.errors import UsageError
 from latentstore.results import Report
 from latentstore.schema import check_space
 from solvers.data import PairData
@@ -138,8 +137,18 @@ def _signed(bare: Projection, fitting: _Fitting, facts: Mapping[str, Any], *, ju
             "encoder": collection.store.provenance.get("encoder", {}).get("name"),
             **{k: facts[k] for k in _KEPT if k in facts},
             **_fitted_on(bare.method, fitting.options),
+            **_models(bare.method, fitting),
         },
     )
+
+
+def _models(method: str, fitting: _Fitting) -> dict[str, list[str]]:
+    """Return the models whose translations were learned from: of simulated pairs there are none."""
+    if not get(method).needs_pairs:
+        return {}
+    collection = fitting.collection
+    rows = collection.pairs("train")[1] if fitting.simulated is None else np.empty(0, np.int64)
+    return {"models": sorted(set(collection.named_model[rows].tolist()))}
 
 
 def _with_last_good(error: DivergedError, fitting: _Fitting) -> DivergedError:
@@ -261,43 +270,6 @@ def solve(
     if trained is not None:
         finished(run, trained, facts.get("best_step"))
     return Solved(projection, report, {**facts, "choices": choices}, evaluation, out)
-
-
-def evaluate(
-    store: Path, projection: Path, *, queries: Path | None = None, out: Path | None = None, command: str = ""
-) -> Report:
-    """Report mAP and Acc of a Projection on the test queries of a store, beside the controls."""
-    began = time.perf_counter()
-    if out is not None:
-        check_writable(out)
-    W = load_projection(projection, "name another with --projection")
-    gallery = Collection.open(store)
-    W.check_space(gallery.store.space.id)
-    asked = (gallery if queries is None else Collection.open(queries)).queries("test")
-    measure.require_queries(asked, str(queries or store))
-    name = W.method or projection.stem
-    control_set = measure.fit_controls(gallery, W.rank)
-    evaluation = measure.evaluate(gallery, asked, {name: W}, control_set)
-    if not evaluation.methods:
-        raise UsageError(
-            f"No test query (of {len(asked.rows)}) has its origin in {store}: nothing can be measured. "
-            "Evaluate against the store that holds their origins."
-        )
-    report = Report(
-        kind="evaluation",
-        title=f"{name} on {asked.group}",
-        summary=evaluation.verdicts,
-        data=account.describe(gallery, asked, evaluation),
-        settings={"projection": str(projection), "method": W.method, **dict(W.knobs)},
-        reproduce=[command] if command else [],
-        figures=evaluation.figures,
-        caveats=account.caveats(gallery, asked, evaluation, learned=_learned(W)),
-        timings={"evaluate": time.perf_counter() - began},
-        **results.stamp(),
-    )
-    if out is not None:
-        report.write(out)
-    return report
 
 
 def results_path(out: Path) -> Path:

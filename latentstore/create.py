@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from latentstore import codecs
 from latentstore.errors import UsageError
-from latentstore.files import DERIVED, check_room, fsync_dir, fsync_tree, write_atomic, write_errors
+from latentstore.files import UNLOCKED, check_room, fsync_dir, fsync_tree, write_atomic, write_errors
 from latentstore.schema import (
     CHUNK_ROWS,
     LATENTS,
@@ -32,7 +32,7 @@ from latentstore.seal import write_seal
 from latentstore.shards import parquet_bytes
 from latentstore.store import LatentStore, is_store
 
-_FOLDERS = ("manifest", "inputs", "done", *DERIVED)
+_FOLDERS = ("manifest", "inputs", "done", *UNLOCKED)
 
 
 def create(root: Path, spec: StoreSpec, inputs: pa.Table) -> LatentStore:

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from latentstore.errors import MissingExtraError, UsageError
 from latentstore.groups import Groups, Rows
-from latentstore.search import select_backend
+from latentstore.search import has_faiss
 
 FLOOR, CEILING = 0.85, 0.95
 """Between these the threshold is set by the collection itself."""
@@ -225,7 +225,7 @@ def _candidates(sketch: npt.NDArray[np.float32], limit: float, search: Search) -
     least = limit - 1.01 * sketch.shape[1] * 2.0**-24
     if search == "exact" or (search == "auto" and len(sketch) <= EXACT_ROWS):
         return _all_pairs(sketch, least), {"search": "every pair"}
-    if select_backend() != "faiss":
+    if not has_faiss():
         raise MissingExtraError(
             f"Near-duplicates among {len(sketch):,} images are found with FAISS (every pair is compared up "
             f"to {EXACT_ROWS:,}), which is not installed: pip install 'latentstore[cpu]'."

@@ -16,6 +16,8 @@ from latentstore.errors import StoreWriteError
 PARTIAL = ".partial"
 DERIVED = ("projections", "duplicates", "moments")
 """Folders of a store with what can be made anew from its latents."""
+UNLOCKED = (*DERIVED, "index")
+"""Folders that are written without the store's lock; an index is told of removed rows, and stays."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -127,8 +129,8 @@ def partial_of(path: Path) -> Path:
 
 def sweep_partials(root: Path) -> int:
     """Delete what killed writers left behind; return how many files. Call it only under the writer's lock."""
-    # Only where writers under the lock write: what is derived is written without it.
-    stale = [path for path in partials_below(root) if path.split(os.sep, 1)[0] not in DERIVED]
+    # Only where writers under the lock write.
+    stale = [path for path in partials_below(root) if path.split(os.sep, 1)[0] not in UNLOCKED]
     for path in stale:
         (root / path).unlink(missing_ok=True)
     return len(stale)

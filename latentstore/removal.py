@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from latentstore import codecs
 from latentstore.errors import CorruptStoreError, UsageError
 from latentstore.files import DERIVED, write_atomic
+from latentstore.indexing import forget, tokens
 from latentstore.manifest import MANIFEST_SCHEMA
 from latentstore.migrate import migrate
 from latentstore.schema import LATENTS, STATUS_CODE, canonical_json
@@ -145,7 +146,7 @@ def remove(root: Path, rows: Iterable[int], *, reason: str = "taken down") -> Re
     """Take rows down, in every array, with all copies of their contents.
 
     Their paths stay listed so that they are not encoded again. Maps, groups and whatever else was derived
-    from the latents are deleted.
+    from the latents are deleted; kept indexes lose these rows at once.
 
     Parameters
     ----------
@@ -179,6 +180,7 @@ def remove(root: Path, rows: Iterable[int], *, reason: str = "taken down") -> Re
             _write(root, Removed({**known.rows, **dict.fromkeys(new, reason)}, frozenset(contents)))
         if new or asked:
             drop_derived(root)
+            forget(root, new)
         shards = finish(root)
         paths = store.inputs()["path"].take(pa.array(new, pa.int64())).to_pylist()
     return Removal(str(root), new, paths, shards, store.arrays())
@@ -222,10 +224,22 @@ def finish(root: Path) -> int:
     first = open_store(root)
     others = [LatentStore(root, name) for name in first.arrays()[1:]]
     size, shards = first.layout.shard_rows, 0
-    for shard in sorted({row // size for row in removed.rows if row < len(first)}):
+    touched = sorted({row // size for row in removed.rows if row < len(first)})
+    before = [tokens(array, touched) for array in (first, *others)]
+    for shard in touched:
         shards += _zero_everywhere(first, others, shard, removed)
     if shards:
         drop_derived(root)
+    forget(
+        root,
+        removed.rows,
+        {
+            (array.array, shard): (was[shard], now)
+            for array, was in zip((first, *others), before, strict=True)
+            for shard, now in tokens(array, touched).items()
+            if shard in was and was[shard] != now
+        },
+    )
     return shards
 
 

@@ -53,6 +53,7 @@ RESERVED = (
     "projections",
     "duplicates",
     "moments",
+    "index",
     "lock",
     "seal",
     LATENTS,

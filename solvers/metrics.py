@@ -1,157 +1,124 @@
-"""Retrieval metrics, exact: average precision, intervals over identities, residuals, leaks."""
+"""Retrieval metrics from exact rankings: recall, µAP, chance, intervals over identities, residuals, leaks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from .arrays import to_host
 from .errors import LeakError, SolverUsageError
 from .projection import Projection, as_hashes
+from .ranking import Ranking, average_precision, ranked
 
-EPS32 = float(np.finfo(np.float32).eps)
+__all__ = [
+    "Ranking",
+    "average_precision",
+    "balanced_mean",
+    "bootstrap",
+    "chance_map",
+    "chance_micro",
+    "micro_average_precision",
+    "micro_bootstrap",
+    "paired_bootstrap",
+    "quantile_bootstrap",
+    "ranked",
+    "recall_at",
+    "refuse_leak",
+    "residual_of_blocks",
+    "residual_ratio",
+]
 
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """Exact ranking results of the queries that have a positive.
-
-    Attributes
-    ----------
-    ap
-        (q,) average precision.
-    hit1
-        (q,) whether a positive scores strictly above every negative.
-    rank
-        (q,) rank of the first positive, from 1.
-    queries
-        (q,) positions of these queries among all that were passed.
-    ties
-        Negatives that score exactly as a positive does, over all queries; each counts against it.
-    n_references
-        Rows ranked.
-    n_without
-        Queries without a positive, left out.
-    """
-
-    ap: np.ndarray
-    hit1: np.ndarray
-    rank: np.ndarray
-    queries: np.ndarray
-    ties: int
-    n_references: int
-    n_without: int
-
-    @property
-    def map(self) -> float:
-        """Mean average precision."""
-        return float(self.ap.mean()) if len(self.ap) else float("nan")
-
-    @property
-    def acc(self) -> float:
-        """Share of queries whose first result is a positive."""
-        return float(self.hit1.mean()) if len(self.hit1) else float("nan")
+_AT_ONCE = 50
+"""Resamples that are worked on at a time."""
 
 
-def average_precision(
-    query_emb: Any, query_ids: Any, ref_emb: Any, ref_ids: Any, *, block: int = 256
-) -> Ranking:
-    """Rank every reference for every query and compute average precision.
+def recall_at(ranking: Ranking, k: int) -> np.ndarray:
+    """Return, (q,) bool, whether a positive is among the first k references of each query."""
+    if k < 1:
+        raise SolverUsageError(f"recall@{k} has no meaning; k must be at least 1.")
+    return ranking.rank <= k
 
-    Scores are inner products in float32, taken `block` queries at a time. The i-th best positive has the
-    rank (negatives scoring at least as high) + i, and AP = mean(i / rank_i): ties count against the
-    method. Scores that differ, but by no more than float32 rounding, are compared again in float64, so
-    that two equal rows tie wherever they stand.
+
+def micro_average_precision(ranking: Ranking, *, top: int = 10) -> float:
+    """Return µAP: average precision over the pairs of all queries in one list, sorted by score.
+
+    One threshold serves all queries, so scores have to mean the same for each of them. Of every query its
+    `top` best references are predictions; pairs beyond count as not found. Equal scores stand in the worst
+    order.
 
     Parameters
     ----------
-    query_emb, ref_emb
-        Outputs of `Projection.queries` and `Projection.references`.
-    query_ids, ref_ids
-        Identities, integers or strings; the positives of a query are the references of its identity.
-    block
-        Queries per product.
+    ranking
+        Made with at least as many negatives for each query as `top`.
+    top
+        Predictions of a query.
+
+    Notes
+    -----
+    The measure of the Image Similarity Challenge: Douze et al., "The 2021 Image Similarity Dataset and
+    Challenge", arXiv:2106.09672, section 4; there a query had ten predictions on average.
     """
-    queries = np.ascontiguousarray(to_host(query_emb), dtype=np.float32)
-    references = np.ascontiguousarray(to_host(ref_emb), dtype=np.float32)
-    q_codes, r_codes = _codes(query_ids, ref_ids, len(queries), len(references))
-    if queries.ndim != 2 or references.ndim != 2 or queries.shape[1] != references.shape[1]:
-        raise SolverUsageError(
-            f"Queries and references must have as many columns; got {queries.shape} and {references.shape}. "
-            "Project both with one projection."
-        )
-    order = np.argsort(r_codes, kind="stable")
-    sorted_codes = r_codes[order]
-    start = np.searchsorted(sorted_codes, q_codes, side="left")
-    stop = np.searchsorted(sorted_codes, q_codes, side="right")
-    kept = np.flatnonzero(stop > start)
-    ap, first = np.zeros(len(kept)), np.zeros(len(kept), dtype=np.int64)
-    largest = float(np.linalg.norm(references, axis=1).max(initial=0.0))
-    ties = 0
-    for at in range(0, len(kept), block):
-        chunk = kept[at : at + block]
-        scores = queries[chunk] @ references.T
-        if not np.isfinite(scores).all():
+    return float(_Predictions.of(ranking, top).values(np.ones((1, len(ranking.ap))))[0])
+
+
+def micro_bootstrap(
+    ranking: Ranking,
+    groups: Any,
+    *,
+    strata: Any = None,
+    top: int = 10,
+    repeats: int = 200,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of µAP (of the mean of the strata's), resampling whole groups."""
+    codes = np.unique(_aligned(ranking.ap, groups), return_inverse=True)[1]
+    own = _strata(strata, len(codes))
+    lists = [_Predictions.of(ranking.subset(_chosen(mine, len(codes))), top) for mine in own]
+    found = []
+    for weights in _resampled(int(codes.max()) + 1, repeats, seed):
+        each = np.stack([p.values(weights[:, codes[m]]) for p, m in zip(lists, own, strict=True)])
+        found.append(_mean_of_drawn(each, np.stack([weights[:, codes[m]].any(axis=1) for m in own])))
+    return _percentiles(np.concatenate(found), level)
+
+
+@dataclass(frozen=True, eq=False)
+class _Predictions:
+    """Predictions of all queries, in the worst order by score: whose they are, and which are right."""
+
+    query: np.ndarray
+    right: np.ndarray
+    n_positives: np.ndarray
+
+    @classmethod
+    def of(cls, ranking: Ranking, top: int) -> Self:
+        p, negatives = ranking.positives, ranking.negatives
+        if top < 1 or top > negatives.score.shape[1]:
             raise SolverUsageError(
-                f"{int(np.count_nonzero(~np.isfinite(scores)))} of {scores.size} scores are not finite, so "
-                "nothing "
-                "can be ranked. Look for rows that are not finite among the latents."
+                f"µAP over {top} predictions a query needs a ranking that keeps as many negatives; this one "
+                f"keeps {negatives.score.shape[1]}. Rank with top={top}."
             )
-        for i, q in enumerate(chunk):
-            positives = order[start[q] : stop[q]]
-            ranks, tied = _ranks(scores[i], queries[q], references, positives, largest)
-            ap[at + i] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
-            first[at + i] = ranks[0]
-            ties += tied
-    return Ranking(ap, first == 1, first, kept, ties, len(references), len(queries) - len(kept))
+        in_list = p.rank <= top
+        room = top - np.bincount(p.of[in_list], minlength=len(ranking.ap))
+        shown = (np.arange(negatives.score.shape[1]) < room[:, None]) & (negatives.position >= 0)
+        of = np.concatenate([np.nonzero(shown)[0], p.of[in_list]])
+        right = np.repeat([False, True], [np.count_nonzero(shown), np.count_nonzero(in_list)])
+        order = np.lexsort((right, -np.concatenate([negatives.score[shown], p.score[in_list]])))
+        return cls(of[order], right[order], np.bincount(p.of, minlength=len(ranking.ap)))
 
-
-def _ranks(
-    scores: np.ndarray, query: np.ndarray, references: np.ndarray, positives: np.ndarray, largest: float
-) -> tuple[np.ndarray, int]:
-    """Ranks of the positives, best first, and the number of exact ties with negatives."""
-    negative = np.ones(len(scores), dtype=bool)
-    negative[positives] = False
-    # A bound on float32 rounding: only scores this near need a second look.
-    near = 8 * EPS32 * float(np.linalg.norm(query)) * largest
-    above, ties = np.zeros(len(positives), dtype=np.int64), 0
-    best_first = positives[np.argsort(-scores[positives], kind="stable")]
-    for j, p in enumerate(best_first):
-        s = scores[p]
-        equal = int(np.count_nonzero(negative & (scores == s)))
-        count = int(np.count_nonzero(negative & (scores > s))) + equal
-        close = np.flatnonzero(negative & (scores != s) & (np.abs(scores - s) <= near))
-        if len(close):
-            exact = (references[np.append(close, p)].astype(np.float64) * query.astype(np.float64)).sum(
-                axis=1
-            )
-            against = exact[:-1] >= exact[-1]
-            equal += int(np.count_nonzero(exact[:-1] == exact[-1]))
-            count += int(np.count_nonzero(against)) - int(np.count_nonzero(scores[close] > s))
-        above[j], ties = count, ties + equal
-    # The second look may reorder positives among themselves, never their number above.
-    return np.sort(above) + np.arange(1, len(positives) + 1), ties
-
-
-def _codes(query_ids: Any, ref_ids: Any, n_queries: int, n_refs: int) -> tuple[np.ndarray, np.ndarray]:
-    queries, references = np.asarray(query_ids), np.asarray(ref_ids)
-    if len(queries) != n_queries or len(references) != n_refs:
-        raise SolverUsageError(
-            f"Every row needs its identity: {n_queries} queries and {n_refs} references came with "
-            f"{len(queries)} and {len(references)} identities."
+    def values(self, weights: np.ndarray) -> np.ndarray:
+        """Return µAP with every query counted as often as its weight says, (r, q) → (r,); 0 without any."""
+        w = weights[:, self.query]
+        listed, found = np.cumsum(w, axis=1), np.cumsum(w * self.right, axis=1)
+        precision = np.divide(found, listed, out=np.zeros(w.shape), where=listed > 0)
+        total = weights @ self.n_positives
+        return np.divide(
+            (w * self.right * precision).sum(axis=1), total, out=np.zeros(len(w)), where=total > 0
         )
-    if (queries.dtype.kind in "iu") != (references.dtype.kind in "iu") and n_queries and n_refs:
-        raise SolverUsageError(
-            f"Identities of queries and references must be of one kind; got {queries.dtype} and "
-            f"{references.dtype}. "
-            "Use the same names, or the same codes, for both."
-        )
-    codes = np.unique(np.concatenate([queries, references]), return_inverse=True)[1]
-    return codes[:n_queries], codes[n_queries:]
 
 
 def chance_map(n_references: int, n_positives: int = 1) -> float:
@@ -168,43 +135,142 @@ def chance_map(n_references: int, n_positives: int = 1) -> float:
     return (harmonic + (k - 1) / (n - 1) * (n - harmonic)) / n
 
 
-def bootstrap(
-    values: Any, groups: Any, *, repeats: int = 2000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the mean, resampling whole groups (identities) with replacement.
+def chance_micro(n_queries: int, n_references: int, *, top: int = 10) -> float:
+    """Return the expected µAP of random scores, one positive a query among the references.
 
-    Queries of one identity stand or fall together, so resampling single queries would be too sure.
+    A query's positive is among its `top` with probability p = top / n_references; h of them in a list of n
+    predictions in random order give h · chance_map(n, h) of the queries' positives.
+    """
+    n_listed = n_queries * min(top, n_references)
+    p = min(1.0, top / n_references)
+    if n_listed == 1:
+        return p
+    harmonic = float((1.0 / np.arange(1, n_listed + 1)).sum())
+    one, two = n_queries * p, n_queries * (n_queries - 1) * p * p  # E[h], E[h (h - 1)], h binomial
+    return (one * harmonic + two * (n_listed - harmonic) / (n_listed - 1)) / n_listed / n_queries
+
+
+def balanced_mean(values: Any, strata: Any = None) -> float:
+    """Return the mean of the strata's means, so that each weighs the same; without strata the plain mean."""
+    values = np.asarray(values, dtype=np.float64)
+    if strata is None:
+        return float(values.mean())
+    codes = np.unique(_aligned(values, strata), return_inverse=True)[1]
+    return float((np.bincount(codes, weights=values) / np.bincount(codes)).mean())
+
+
+def bootstrap(
+    values: Any,
+    groups: Any,
+    *,
+    strata: Any = None,
+    repeats: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of `balanced_mean`, resampling whole groups (identities) with replacement.
+
+    Queries of one identity stand or fall together, so resampling single queries would be too sure. A
+    stratum that a resample misses is left out of its mean.
     """
     values = np.asarray(values, dtype=np.float64)
+    groups = _aligned(values, groups)
+    if not 0.0 < level < 1.0 or repeats < 1:
+        raise SolverUsageError(
+            f"level must lie between 0 and 1 and repeats be positive; got {level}, {repeats}."
+        )
+    codes = np.unique(groups, return_inverse=True)[1]
+    n, own = int(codes.max()) + 1, _strata(strata, len(codes))
+    sums = np.stack([np.bincount(codes[m], weights=values[m], minlength=n) for m in own], 1)
+    counts = np.stack([np.bincount(codes[m], minlength=n) for m in own], 1).astype(np.float64)
+    means = []
+    for weights in _resampled(n, repeats, seed):
+        held, total = weights @ counts, weights @ sums
+        each = np.divide(total, held, out=np.zeros(total.shape), where=held > 0)
+        means.append(_mean_of_drawn(each.T, held.T > 0))
+    return _percentiles(np.concatenate(means), level)
+
+
+def paired_bootstrap(
+    a: Any,
+    b: Any,
+    groups: Any,
+    *,
+    strata: Any = None,
+    repeats: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of mean(a) - mean(b) for values of the same queries, resampling groups."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise SolverUsageError(f"Paired values must be of the same queries; got {a.shape} and {b.shape}.")
+    return bootstrap(a - b, groups, strata=strata, repeats=repeats, seed=seed, level=level)
+
+
+def quantile_bootstrap(
+    values: Any,
+    groups: Any,
+    shares: Sequence[float],
+    *,
+    repeats: int = 500,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[tuple[float, float]]:
+    """Percentile intervals of quantiles, resampling whole groups."""
+    values = np.asarray(values, dtype=np.float64)
+    codes = np.unique(_aligned(values, groups), return_inverse=True)[1]
+    order = np.argsort(values, kind="stable")
+    found = []
+    for weights in _resampled(int(codes.max()) + 1, repeats, seed):
+        below = np.cumsum(weights[:, codes[order]], axis=1)
+        at = [(below >= share * below[:, -1:]).argmax(axis=1) for share in shares]
+        found.append(values[order[np.stack(at, 1)]])
+    return [_percentiles(column, level) for column in np.concatenate(found).T]
+
+
+def _resampled(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each of n groups is drawn, (r, n) float64 at a time; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    for at in range(0, repeats, _AT_ONCE):
+        r = min(_AT_ONCE, repeats - at)
+        draws = rng.integers(n, size=(r, n)) + n * np.arange(r)[:, None]
+        yield np.bincount(draws.ravel(), minlength=r * n).reshape(r, n).astype(np.float64)
+
+
+def _strata(strata: Any, n: int) -> list[np.ndarray]:
+    """Return which of n values each stratum holds, as positions."""
+    if strata is None:
+        return [np.arange(n)]
+    codes = np.unique(strata, return_inverse=True)[1]
+    return [np.flatnonzero(codes == stratum) for stratum in range(codes.max() + 1)]
+
+
+def _chosen(positions: np.ndarray, n: int) -> np.ndarray:
+    chosen = np.zeros(n, bool)
+    chosen[positions] = True
+    return chosen
+
+
+def _mean_of_drawn(each: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return the mean over strata, (m, r) → (r,), of those that a resample holds."""
+    mean: np.ndarray = (each * drawn).sum(axis=0) / drawn.sum(axis=0)
+    return mean
+
+
+def _aligned(values: np.ndarray, groups: Any) -> np.ndarray:
     groups = np.asarray(groups)
     if len(values) != len(groups) or len(values) == 0:
         raise SolverUsageError(
             f"An interval needs one group for each of at least 1 value; got {len(values)} values and "
             f"{len(groups)} groups."
         )
-    if not 0.0 < level < 1.0 or repeats < 1:
-        raise SolverUsageError(
-            f"level must lie between 0 and 1 and repeats be positive; got {level}, {repeats}."
-        )
-    codes = np.unique(groups, return_inverse=True)[1]
-    sums, counts = np.bincount(codes, weights=values), np.bincount(codes)
-    rng = np.random.default_rng(seed)
-    means = np.empty(repeats)
-    for at in range(0, repeats, 100):
-        draws = rng.integers(len(sums), size=(min(100, repeats - at), len(sums)))
-        means[at : at + len(draws)] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return groups
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def paired_bootstrap(
-    a: Any, b: Any, groups: Any, *, repeats: int = 2000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of mean(a) - mean(b) for values of the same queries, resampling groups."""
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise SolverUsageError(f"Paired values must be of the same queries; got {a.shape} and {b.shape}.")
-    return bootstrap(a - b, groups, repeats=repeats, seed=seed, level=level)
 
 
 def residual_ratio(projection: Projection, o: Any, g: Any) -> float:

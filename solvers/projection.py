@@ -143,6 +143,18 @@ class Projection:
         """Whether queries and references pass through one map."""
         return self.reference_map is self.query_map
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what decides projected rows: maps, centres, score and space."""
+        if "fingerprint" not in self._cache:
+            digest = hashlib.sha256(f"{self.space_id} {self.score} {self.symmetric}".encode())
+            for name in ("query_map", "reference_map", "center", "query_center", "norm_map"):
+                part = getattr(self, name)
+                digest.update(f" {name} {None if part is None else part.shape} ".encode())
+                digest.update(b"" if part is None else np.ascontiguousarray(part).data)
+            self._cache["fingerprint"] = digest.hexdigest()[:16]
+        return str(self._cache["fingerprint"])
+
     def coordinates(self, x: Any, side: str = "query") -> Any:
         """Centre and map rows, without normalisation or bias, in x's own library and device.
 

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import math
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 
 from latentstore.errors import ResultsError
-from latentstore.report import page, render, text, write_html
+from latentstore.report import page, render, text
 from latentstore.report.plots import summary_png
 from latentstore.results import Candidate, Curve, Figure, Match, Report
 
@@ -218,13 +217,6 @@ def html(report: Report) -> str:
     return render(report)
 
 
-CHROMIUM_FLAGS = """
---headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --enable-logging=stderr --v=0 --allow-file-access-from-files
---virtual-time-budget=5000 --dump-dom
-"""
-
-
 class Page(HTMLParser):
     """Every element and attribute, the visible text, and whether the tags nest."""
 
@@ -279,9 +271,7 @@ def test_page_is_whole_and_has_its_sections_in_order(parsed: Page) -> None:
 
 def test_page_asks_for_nothing_from_anywhere(html: str, parsed: Page) -> None:
     tags = {tag for tag, _ in parsed.elements}
-    assert tags.isdisjoint(
-        {"script", "link", "iframe", "object", "embed", "base", "form", "foreignobject", "a"}
-    )
+    assert tags.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form", "foreignobject"})
     policy = [a["content"] for t, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     for tag, attributes in parsed.elements:
@@ -536,34 +526,3 @@ def test_import_is_light_and_rendering_never_loads_the_heavy_ones() -> None:
         "assert not heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-@pytest.mark.parametrize("width", [390, 1400])
-def test_chromium_shows_it_without_overflow_or_errors(report: Report, tmp_path: Path, width: int) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is not installed")
-    write_html(report, tmp_path / "report.html")
-    # The frame has the phone's width; a headless window cannot be made that narrow everywhere.
-    (tmp_path / "harness.html").write_text(
-        f'<!doctype html><iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        "<script>onload = () => { const d = document.querySelector('iframe').contentDocument.documentElement;"
-        "document.title = ['measured', d.scrollWidth, d.clientWidth, d.scrollHeight].join(' '); };</script>",
-        encoding="utf-8",
-    )
-    done = subprocess.run(
-        [
-            *(chromium, *CHROMIUM_FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}"),
-            *(f"--window-size={width + 100},1000", (tmp_path / "harness.html").as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    found = re.search(r"measured (\d+) (\d+) (\d+)", done.stdout)
-    assert found, done.stdout[:500] + done.stderr[-500:]
-    wide, room, high = map(int, found.groups())
-    assert wide <= room <= width
-    assert high > 3000
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -1,4 +1,4 @@
-"""HTML reports: one self-contained page from a :class:`~latentstore.results.Report`.
+"""HTML reports: one self-contained page from one or more :class:`~latentstore.results.Report`.
 
 >>> from pathlib import Path
 >>> from latentstore import results
@@ -10,33 +10,57 @@ Importing this package is cheap; matplotlib and Jinja2 are imported by the first
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from latentstore.results import Report
 
-__all__ = ["render", "write_html"]
+__all__ = ["render", "write_csv", "write_html", "write_png"]
 
 
-def render(report: Report) -> str:
-    """Return the report as one HTML page that needs no network, no script and no other file.
+def render(reports: Report | Sequence[Report]) -> str:
+    """Return one or more reports as one HTML page that needs no network, no script and no other file.
 
     Parameters
     ----------
-    report : Report
+    reports : Report or sequence of Report
         What was measured. Every string in it is treated as hostile.
 
     Returns
     -------
     str
-        The page; the same report gives the same page.
+        The page; the same reports give the same page.
     """
     from latentstore.report.page import render_page
 
-    return render_page(report)
+    return render_page(_each(reports)).html
 
 
-def write_html(report: Report, path: Path) -> None:
-    """Write :func:`render`'s page to ``path`` as UTF-8."""
-    path.write_text(render(report), encoding="utf-8", newline="\n")
+def write_html(reports: Report | Sequence[Report], path: Path) -> int:
+    """Write :func:`render`'s page to ``path`` as UTF-8; return how many pictures it had no room for."""
+    from latentstore.files import write_atomic
+    from latentstore.report.page import render_page
+
+    page = render_page(_each(reports))
+    write_atomic(path, page.html.encode())
+    return page.pictures_left_out
+
+
+def write_csv(reports: Report | Sequence[Report], folder: Path) -> list[Path]:
+    """Write the figures and the curves of each report as CSV; see :mod:`latentstore.report.exports`."""
+    from latentstore.report.exports import csv_files
+
+    return csv_files(_each(reports), folder)
+
+
+def write_png(reports: Report | Sequence[Report], folder: Path) -> list[Path]:
+    """Write every plot of the page as PNG, on white; see :mod:`latentstore.report.exports`."""
+    from latentstore.report.exports import png_files
+
+    return png_files(_each(reports), folder)
+
+
+def _each(reports: Report | Sequence[Report]) -> list[Report]:
+    return list(reports) if isinstance(reports, Sequence) else [reports]

@@ -1,4 +1,4 @@
-"""The matches: a query, its ranked candidates, and which thumbnails may stand in the page."""
+"""The matches: a query, its ranked candidates, its verdict, and which pictures may stand in the page."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import binascii
 import math
 from dataclasses import dataclass
 
+from latentstore.heat import NOTE
 from latentstore.report import text
-from latentstore.results import Candidate, Match
+from latentstore.results import Candidate, Match, Verdict
 
 PICTURE_BYTES = 3_500_000  # of thumbnails in one page; what is over it becomes a placeholder
 CANDIDATES = 10
-_MAGIC = {"data:image/jpeg;base64,": b"\xff\xd8\xff", "data:image/png;base64,": b"\x89PNG\r\n\x1a\n"}
+NEAR = 5
+HEAT = f"The coloured picture shows where in the query the agreement with a candidate sits. {NOTE}"
+_PNG = "data:image/png;base64,"
+_MAGIC = {"data:image/jpeg;base64,": b"\xff\xd8\xff", _PNG: b"\x89PNG\r\n\x1a\n"}
+_DECISIONS = {
+    "match": ("right", "Match: its origin is here"),
+    "doubtful": ("unknown", "Doubtful: its origin may be here"),
+    "no origin here": ("none", "No origin here"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,24 @@ class Picture:
     score: str
     verdict: str
     thumbnail: str
+    heat: str
+    near: list[str]
+    more_near: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict as shown: its words, and what they are worth as (question, answer)."""
+
+    tone: str
+    words: str
+    rows: list[tuple[str, str]]
+    note: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """A match as shown."""
+    """A match as shown; on a page of matches query and first candidate stand ``large``, side by side."""
 
     query: str
     group: str
@@ -37,19 +59,25 @@ class Found:
     margin: str
     verdict: str
     outcome: str
+    judged: Judged | None
     candidates: list[Picture]
     left_out: int
+    large: bool
 
 
 @dataclass
 class Budget:
-    """How many bytes of pictures the page may still take."""
+    """How many bytes of pictures the page may still take, and how many pictures it could not."""
 
     left: int = PICTURE_BYTES
+    left_out: int = 0
 
     def take(self, uri: str) -> str:
         """Return the thumbnail when it is a JPEG or PNG data URI that still fits, else nothing."""
-        if not is_picture(uri) or len(uri) > self.left:
+        if not is_picture(uri):
+            return ""
+        if len(uri) > self.left:
+            self.left_out += 1
             return ""
         self.left -= len(uri)
         return uri
@@ -67,9 +95,9 @@ def is_picture(uri: str) -> bool:
     return False
 
 
-def found(match: Match, budget: Budget) -> Found:
+def found(match: Match, budget: Budget, *, large: bool = False) -> Found:
     """Return the match as shown, its pictures taken from the budget."""
-    shown = match.candidates[:CANDIDATES]
+    candidates = match.candidates[:CANDIDATES]
     thumbnail = budget.take(match.thumbnail)
     verdict, outcome = _outcome(match)
     return Found(
@@ -78,10 +106,45 @@ def found(match: Match, budget: Budget) -> Found:
         thumbnail=thumbnail,
         margin="" if match.margin is None else text.number(match.margin),
         verdict=verdict,
-        outcome=outcome,
-        candidates=[_picture(i, c, budget) for i, c in enumerate(shown, start=1)],
-        left_out=len(match.candidates) - len(shown),
+        outcome="" if verdict == "unknown" and match.verdict is not None else outcome,
+        judged=None if match.verdict is None else _judged(match.verdict),
+        candidates=[_picture(i, c, budget) for i, c in enumerate(candidates, start=1)],
+        left_out=len(match.candidates) - len(candidates),
+        large=large,
     )
+
+
+def _judged(verdict: Verdict) -> Judged:
+    """Return the decision with its p-value, its false alarms, and what it detects, side by side."""
+    tone, words = _DECISIONS.get(verdict.decision, ("unknown", str(verdict.decision)))
+    # Of "no origin here" the rates are those of the bar that it missed.
+    called = "a match" if verdict.decision == "match" else "doubtful or a match"
+    rows = [
+        (
+            "Pictures without an origin here that score as high",
+            f"{_share(verdict.p)} (p = {text.number(float(f'{verdict.p:.2g}'))})",
+        ),
+        (
+            f"False alarms: without an origin here, yet called {called}",
+            f"{_share(verdict.false_alarm)} {_span(verdict.false_alarm_interval)}".strip(),
+        ),
+    ]
+    if verdict.detection is not None:
+        of = f", of {verdict.detection_of}" if verdict.detection_of else ""
+        share = f"{_share(verdict.detection)} {_span(verdict.detection_interval)}".strip()
+        rows.append((f"Detection: its origin comes first, and it is called {called}", share + of))
+    rows.append(("Score of the first candidate, as calibrated", _score(verdict.score)))
+    if verdict.n:
+        rows.append(("Calibrated on", f"{text.number(verdict.n)} pictures"))
+    return Judged(tone, words, rows, verdict.note)
+
+
+def _share(value: float) -> str:
+    return f"{text.percent(value, fine=True)} %"
+
+
+def _span(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"[{text.percent(interval[0])}, {text.percent(interval[1])}]"
 
 
 def _outcome(match: Match) -> tuple[str, str]:
@@ -106,12 +169,17 @@ def _picture(rank: int, candidate: Candidate, budget: Budget) -> Picture:
         rank=rank,
         path=candidate.path,
         identity=candidate.identity,
-        score=text.number(candidate.score) if not math.isfinite(candidate.score) else _score(candidate.score),
+        score=_score(candidate.score),
         verdict=verdict,
         thumbnail=budget.take(candidate.thumbnail),
+        heat=budget.take(candidate.heat) if candidate.heat.startswith(_PNG) else "",
+        near=candidate.near[:NEAR],
+        more_near=max(0, len(candidate.near) - NEAR),
     )
 
 
 def _score(score: float) -> str:
     """Return a score to three decimals, so that the scores of a row compare at a glance."""
-    return f"{score:.3f}".replace("-", "−") if abs(score) < 1000 else text.number(score)
+    if not math.isfinite(score) or abs(score) >= 1000:
+        return text.number(score)
+    return f"{score:.3f}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""The plots: dots with intervals for each subject, curves, and the one picture for a README.
+"""Colours, dots with intervals for each subject, and the one picture for a README.
 
 Each is drawn once and coloured by a palette: for the page the colours are placeholders that
 :mod:`latentstore.report.svg` replaces by CSS variables (so dark mode and print work), for PNG they are real.
@@ -7,22 +7,20 @@ Each is drawn once and coloured by a palette: for the page the colours are place
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
 
 from latentstore.errors import ResultsError
 from latentstore.report import svg, text
-from latentstore.results import Curve, Figure, Report
+from latentstore.results import Figure, Report
 
 WIDTH = 330  # CSS pixels: about what a phone and a third of a desk have, so that text keeps its size
 HUES = 6
-MARKERS = "osD^vP"
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (4, 1)), (0, (1, 1)))
 _ROW = 33.0
 _SIZE = 12.0
@@ -45,18 +43,27 @@ class Row:
 
 def dots(rows: Sequence[Row], *, key: str, label: str) -> Markup:
     """Return a dot plot of fractions, 0 to 100 %, one row a subject, as inline SVG."""
-    height = _ROW * len(rows) + 26
     with svg.drawing(key):
-        canvas = Canvas(figsize=(WIDTH / 72, height / 72), dpi=72)
-        canvas.patch.set_alpha(0)
-        axes = canvas.add_axes((6 / WIDTH, 24 / height, 1 - 12 / WIDTH, _ROW * len(rows) / height))
-        _dots(axes, rows, INK, size=_SIZE)
-        return svg.inline(canvas, key=key, label=label, ink=CSS)
+        return svg.inline(draw_dots(rows, INK), key=key, label=label, ink=CSS)
+
+
+def draw_dots(rows: Sequence[Row], ink: Mapping[str, str], *, width: float = WIDTH, title: str = "") -> Any:
+    """Draw the rows; ``width`` in points, of 72 an inch; a title stands above where there is one."""
+    head = 30.0 if title else 0.0
+    height = _ROW * len(rows) + 26 + head
+    canvas = Canvas(figsize=(width / 72, height / 72), dpi=72)
+    canvas.patch.set_alpha(0)
+    axes = canvas.add_axes((6 / width, 24 / height, 1 - 12 / width, _ROW * len(rows) / height))
+    _dots(axes, rows, ink, size=_SIZE)
+    if title:
+        words: dict[str, Any] = {"fontsize": 14.0, "weight": "bold", "color": ink["ink"], "parse_math": False}
+        canvas.text(6 / width, 1 - 19 / height, text.one_line(title, int(width / 8)), **words)
+    return canvas
 
 
 def _dots(axes: Any, rows: Sequence[Row], ink: Mapping[str, str], *, size: float) -> None:
     """Draw the rows top down: name and value above, dot and interval on a line across the full width."""
-    _bare(axes, ink)
+    bare(axes, ink)
     axes.set_xlim(0, 1)
     axes.set_ylim(len(rows) - 0.42, -0.5)
     axes.set_yticks([])
@@ -92,7 +99,7 @@ def _dot(axes: Any, y: float, figure: Figure, colour: str, *, ground: str) -> No
     )
 
 
-def _bare(axes: Any, ink: Mapping[str, str]) -> None:
+def bare(axes: Any, ink: Mapping[str, str]) -> None:
     """Leave a base line and quiet tick labels."""
     axes.patch.set_alpha(0)
     axes.set_axisbelow(True)
@@ -101,130 +108,6 @@ def _bare(axes: Any, ink: Mapping[str, str]) -> None:
         spine.set_color(ink["muted"])
         spine.set_linewidth(0.8)
     axes.tick_params(which="both", length=0, labelsize=_SIZE - 1, labelcolor=ink["muted"], pad=5)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve with its look: a colour name, and a slot that gives it a marker and a dash."""
-
-    curve: Curve
-    colour: str
-    slot: int
-
-
-def marked(curve: Curve) -> bool:
-    """Return whether the curve's points have marks: few points, and not the level of chance."""
-    return len(curve.x) <= 24 and curve.role != "chance"
-
-
-def dash(line: Line) -> Any:
-    """Return the line's dash, as matplotlib takes it; chance is dashed in every plot."""
-    return (0, (4, 3)) if line.curve.role == "chance" else DASHES[line.slot % len(DASHES)]
-
-
-def curves(lines: Sequence[Line], *, key: str, label: str) -> Markup | None:
-    """Return several curves over one pair of axes as inline SVG, or None when no point can be drawn."""
-    first = lines[0].curve
-    points = [_points(line.curve, x_log=first.x_log, y_log=first.y_log) for line in lines]
-    xs = sorted({p[0] for curve in points for p in curve})
-    ys = [y for curve in points for p in curve for y in p[1:]]
-    if not xs:
-        return None
-    shown = text.percent if _as_percent(first, ys) else text.number
-    height = 250
-    with svg.drawing(key):
-        canvas = Canvas(figsize=(WIDTH / 72, height / 72), dpi=72)
-        canvas.patch.set_alpha(0)
-        axes = canvas.add_axes((0.15, 44 / height, 0.83, (height - 44 - 28) / height))
-        _bare(axes, INK)
-        for line, curve in zip(lines, points, strict=True):
-            _line(axes, line, curve)
-        _scales(axes, first, xs, ys, shown)
-        axes.grid(axis="y", color=INK["rule"], linewidth=0.8)
-        words: dict[str, Any] = {"fontsize": _SIZE, "color": INK["ink"], "parse_math": False}
-        unit = " (%)" if shown is text.percent else ""
-        axes.set_xlabel(text.one_line(first.x_label, 42), labelpad=7, **words)
-        canvas.text(0.01, 1 - 14 / height, text.one_line(first.y_label, 40) + unit, **words)
-        return svg.inline(canvas, key=key, label=label, ink=CSS)
-
-
-def _points(curve: Curve, *, x_log: bool, y_log: bool) -> list[tuple[float, ...]]:
-    """Return (x, y) or (x, y, low, high) rows: finite, and positive where the axis is logarithmic."""
-    columns = [curve.x, curve.y]
-    if curve.low is not None and curve.high is not None:
-        columns += [curve.low, curve.high]
-    rows = [tuple(map(float, row)) for row in zip(*columns, strict=False)]
-    floor = [0.0 if x_log else -math.inf] + [0.0 if y_log else -math.inf] * (len(columns) - 1)
-    return [r for r in rows if all(math.isfinite(v) and v > f for v, f in zip(r, floor, strict=True))]
-
-
-def _as_percent(curve: Curve, ys: Sequence[float]) -> bool:
-    word = curve.y_label.lower()
-    named = word.startswith(("map", "acc")) or "fraction" in word or "share" in word
-    return named and not curve.y_log and min(ys) >= 0 and max(ys) <= 1
-
-
-def _line(axes: Any, line: Line, points: Sequence[tuple[float, ...]]) -> None:
-    if not points:
-        return
-    colour = INK[line.colour]
-    x, y = [p[0] for p in points], [p[1] for p in points]
-    if len(points[0]) == 4:
-        low, high = [p[2] for p in points], [p[3] for p in points]
-        axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
-    face = colour if line.curve.role == "method" else INK["ground"]
-    marker = MARKERS[line.slot % len(MARKERS)] if marked(line.curve) else ""
-    axes.plot(
-        x,
-        y,
-        color=colour,
-        linestyle=dash(line),
-        linewidth=1.4 if line.curve.role != "method" else 2.0,
-        marker=marker,
-        markersize=5.5,
-        markerfacecolor=face,
-    )
-
-
-def _scales(
-    axes: Any, first: Curve, xs: Sequence[float], ys: Sequence[float], shown: Callable[[float], str]
-) -> None:
-    """Set both scales and their ticks; few x values are their own ticks, thinned until labels fit."""
-    for axis, log in ((axes.xaxis, first.x_log), (axes.yaxis, first.y_log)):
-        values = xs if axis is axes.xaxis else ys
-        low, high = min(values), max(values)
-        if log:
-            (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-            wide = high / low > 30
-            axis.set_major_locator(ticker.LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=7))
-            axis.set_minor_locator(ticker.NullLocator())
-        else:
-            axis.set_major_locator(ticker.MaxNLocator(5))
-        if low == high:  # one value: give the axis a width of its own
-            limits = (low / 2, low * 2) if log else (low - 0.5, low + 0.5)
-            (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(*limits)
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: text.number(_round(v))))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: shown(_round(v)).removesuffix(".0")))
-    if len(xs) <= 12:
-        axes.set_xticks(_thinned(axes, xs), minor=False)
-
-
-def _round(value: float) -> float:
-    """Drop the last digits: ticks at 0.30000000000000004 are ticks at 0.3."""
-    return float(f"{value:.9g}")
-
-
-def _thinned(axes: Any, xs: Sequence[float]) -> list[float]:
-    """Return the values whose labels keep clear of each other, the last one first."""
-    kept: list[float] = []
-    edge = math.inf
-    for x in reversed(xs):
-        centre = axes.transData.transform((x, axes.get_ylim()[0]))[0]
-        half = 0.32 * _SIZE * text.columns(text.number(x)) + 3
-        if centre + half <= edge:
-            kept.append(x)
-            edge = centre - half
-    return kept[::-1]
 
 
 def method_colours(report: Report) -> dict[str, str]:

@@ -148,4 +148,7 @@ def _scalar(item: object, *, grouped: bool) -> str:
         return number(item) if grouped else str(item)
     if isinstance(item, list | tuple):
         return ", ".join(_scalar(x, grouped=grouped) for x in item)
+    if isinstance(item, Mapping):
+        named = (f"{key} {_scalar(x, grouped='seed' not in str(key).lower())}" for key, x in item.items())
+        return f"({'; '.join(named)})"
     return str(item)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from cli.app import app
 from cli.importing import run_import_weight
-from cli.matching import run_match
+from cli.matching import MatchOptions, run_match
 from latentstore.encode import encode
 from latentstore.encoders import PatchEncoder
 from latentstore.errors import UsageError
@@ -102,7 +102,7 @@ def test_the_way_of_published_latents_is_that_of_encoded_ones(world: Path, publi
     assert reports[0] == reports[1]
     # A map of the one finds in the other, as they are of one space.
     found = [
-        run_match([world / "80.png"], store, projection=world / "W-encoded.safetensors").matches[0]
+        run_match([world / "80.png"], store, MatchOptions(world / "W-encoded.safetensors")).matches[0]
         for store in (encoded, published)
     ]
     ours, theirs = ([(Path(c.path).stem, c.score) for c in match.candidates] for match in found)
@@ -132,14 +132,17 @@ def test_a_folder_of_queries_is_one_of_latents_where_the_store_is(
     shutil.copy(world / "features" / "81.npy", asked / "more")
     W = world / "W-folder.safetensors"
     command("solve", "--method", "svd", "--rank", 16, "--store", named, "--out", W)
-    found = run_match([asked], named, projection=W)
+    found = run_match([asked], named, MatchOptions(W))
     assert [Path(m.query).name for m in found.matches] == ["80b.npy", "81.npy"]
-    # Pictures of a space that can be encoded are queries still; and of an encoded store latents are none.
+    # Pictures of a space that can be encoded are queries still.
     (tmp_path / "pictures").mkdir()
     shutil.copy(world / "80.png", tmp_path / "pictures")
     assert len(run_match([tmp_path / "pictures"], published).matches) == 1
+    # A folder of latents alone asks an encoded store, too.
+    (tmp_path / "nothing").mkdir()
+    assert len(run_match([asked], world / "encoded.zarr").matches) == 2
     with pytest.raises(UsageError, match="no image files"):
-        run_match([asked], world / "encoded.zarr")
+        run_match([tmp_path / "nothing"], world / "encoded.zarr")
 
 
 def test_said_once_it_is_known(world: Path, named: Path) -> None:

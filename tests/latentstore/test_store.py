@@ -118,7 +118,8 @@ def test_other_readers_see_the_same_rows(tmp_path):
     assert group["status"].attrs["flag_meanings"].split() == list(STATUS_NAMES)
     assert list(group["status"].attrs["flag_values"]) == list(range(len(STATUS_NAMES)))
     # Every folder is a group, so a walk over the hierarchy meets nothing unknown.
-    assert set(dict(group.groups())) == {"manifest", "inputs", "done", "projections", "duplicates", "moments"}
+    folders = {"manifest", "inputs", "done", "projections", "duplicates", "moments", "index"}
+    assert set(dict(group.groups())) == folders
 
     import dask.array
 

@@ -9,9 +9,16 @@ from solvers.closed import Analytic, PairData, RandomSubspace
 from solvers.errors import LeakError, SolverUsageError
 from solvers.metrics import (
     average_precision,
+    balanced_mean,
     bootstrap,
     chance_map,
+    chance_micro,
+    micro_average_precision,
+    micro_bootstrap,
     paired_bootstrap,
+    quantile_bootstrap,
+    ranked,
+    recall_at,
     refuse_leak,
     residual_ratio,
 )
@@ -86,6 +93,94 @@ def test_equal_rows_tie_wherever_they_stand():
     assert not result.hit1.any()
 
 
+def _world(seed, n_queries=40, n_references=300, m=24):
+    """Queries near their positives, several references of some identities, and copies of rows."""
+    rng = np.random.default_rng(seed)
+    refs = rng.standard_normal((n_references, m)).astype(np.float32)
+    ids = rng.integers(n_references // 2, size=n_references)
+    refs[n_references // 2 + 1 :: 7] = refs[::7][: len(refs[n_references // 2 + 1 :: 7])]
+    own = rng.integers(n_references, size=n_queries)
+    queries = (refs[own] + rng.standard_normal((n_queries, m))).astype(np.float32)
+    return queries, ids[own], refs, ids
+
+
+def _in_blocks(refs, sizes):
+    edges = np.cumsum([0, *itertools.islice(itertools.cycle(sizes), len(refs))])
+    return (refs[a:b] for a, b in itertools.pairwise(edges) if a < len(refs))
+
+
+@pytest.mark.parametrize(("sizes", "block"), [((1,), 64), ((7, 1, 40), 13), ((299,), 1), ((1000,), 13)])
+def test_a_ranking_does_not_depend_on_how_references_and_queries_come(sizes, block):
+    queries, q_ids, refs, ids = _world(7)
+    whole = average_precision(queries, q_ids, refs, ids, top=5)
+    parts = ranked(queries, q_ids, ids, _in_blocks(refs, sizes), lambda at: refs[at], block=block, top=5)
+    assert whole.ties > 0, "the copies are there to tie"
+    for name in ("ap", "rank", "hit1", "tied", "queries", "margin"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
+    for one, other in ((whole.positives, parts.positives), (whole.negatives, parts.negatives)):
+        for name in vars(one):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_lists_are_those_of_brute_force_in_float64():
+    queries, q_ids, refs, ids = _world(8)
+    found = average_precision(queries, q_ids, refs, ids, top=6)
+    scores = queries.astype(float) @ refs.astype(float).T
+    for i, (s, own) in enumerate(zip(scores, q_ids[:, None] == ids, strict=True)):
+        others = np.flatnonzero(~own)
+        best = others[np.argsort(-s[others], kind="stable")][:6]
+        assert found.negatives.score[i] == pytest.approx(s[best], abs=1e-12)
+        assert found.margin[i] == pytest.approx(s[own].max() - s[best[0]], abs=1e-12)
+        mine = found.positives.of == i
+        assert set(found.positives.position[mine].tolist()) == set(np.flatnonzero(own).tolist())
+        for position, rank in zip(found.positives.position[mine], found.positives.rank[mine], strict=True):
+            # Copies have equal scores up to the order of a sum; those count against.
+            above = np.count_nonzero(s[others] >= s[position] - 1e-12)
+            assert rank == above + 1 + np.count_nonzero(s[own] > s[position] + 1e-12) or (
+                np.count_nonzero(np.abs(s[own] - s[position]) <= 1e-12) > 1
+            )
+        for k in (1, 5, 100):
+            assert recall_at(found, k)[i] == (np.count_nonzero(s[others] >= s[own].max() - 1e-12) < k)
+
+
+def test_scores_nearer_than_float32_are_ordered_in_float64():
+    """Rows that differ in their last bits, among many: float32 products put them in any order."""
+    rng = np.random.default_rng(14)
+    base = rng.standard_normal(400)
+    refs = (base + 1e-7 * rng.standard_normal((500, 400))).astype(np.float32)
+    queries = (base + rng.standard_normal((20, 400))).astype(np.float32)
+    q_ids = np.arange(20)
+    found = average_precision(queries, q_ids, refs, np.arange(500), top=3)
+    scores = (refs[None].astype(float) * queries[:, None].astype(float)).sum(axis=2)
+    lost = 0
+    for i, s in enumerate(scores):
+        others = np.delete(np.arange(500), i)
+        best = others[np.lexsort((others, -s[others]))][:3]
+        assert np.array_equal(found.negatives.position[i], best)
+        assert found.rank[i] == 1 + np.count_nonzero(s[others] >= s[i])
+        single = refs @ queries[i]
+        lost += not np.array_equal(others[np.argsort(-single[others], kind="stable")][:3], best)
+    assert lost > 10, "float32 alone would have lost the order"
+
+
+def test_a_subset_is_the_ranking_of_those_queries_alone():
+    queries, q_ids, refs, ids = _world(9)
+    chosen = np.arange(len(queries)) % 3 == 1
+    cut = average_precision(queries, q_ids, refs, ids, top=4).subset(chosen)
+    alone = average_precision(queries[chosen], q_ids[chosen], refs, ids, top=4)
+    for name in ("ap", "rank", "tied", "margin", "ties"):
+        assert np.array_equal(getattr(cut, name), getattr(alone, name)), name
+    assert np.array_equal(cut.positives.of, alone.positives.of)
+    assert micro_average_precision(cut, top=4) == micro_average_precision(alone, top=4)
+
+
+def test_blocks_that_do_not_fit_the_identities_are_refused():
+    refs = np.eye(4, dtype=np.float32)
+    for blocks in ([refs], [refs[:2]], [refs, refs]):
+        with pytest.raises(SolverUsageError, match=r"3 identities|5 identities"):
+            ranked(refs[:1], [0], range(5 if len(blocks) == 1 else 3), blocks, lambda at: refs[at % 4])
+
+
 def test_queries_without_positive_are_left_out_and_counted():
     refs = np.eye(3)
     result = average_precision(np.eye(3), ["a", "x", "c"], refs, ["a", "b", "c"])
@@ -104,6 +199,113 @@ def test_wrong_input_is_refused():
         average_precision(np.ones((1, 1)), [0], np.ones((2, 1)), ["0", "1"])
     with pytest.raises(SolverUsageError, match="columns"):
         average_precision(np.ones((1, 1)), [0], np.ones((2, 2)), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("scores", "positives", "top", "expected"),
+    [
+        # One list over both queries: + - + - by score.
+        ([[4, 1], [3, 2]], [[1, 0], [0, 1]], 2, (1 + 2 / 3) / 2),
+        # Each query's first is right; a score of one query stands above all of the other's.
+        ([[4, 3], [2, 1]], [[1, 0], [1, 0]], 2, (1 + 2 / 3) / 2),
+        ([[4, 3], [2, 1]], [[1, 0], [1, 0]], 1, 1.0),
+        # Beyond the list a positive is not found.
+        ([[4, 3], [2, 1]], [[0, 1], [1, 0]], 1, (1 / 2) / 2),
+        # Equal scores stand in the worst order, also between queries.
+        ([[2, 1], [2, 2]], [[1, 0], [0, 1]], 1, (1 / 2) / 2),
+        ([[2, 2], [1, 0]], [[1, 0], [1, 0]], 2, (1 / 2 + 2 / 3) / 2),
+    ],
+)
+def test_micro_average_precision_by_hand(scores, positives, top, expected):
+    # A reference for each cell: what a query scores with another's is far below.
+    n, m = np.shape(scores)
+    refs = np.full((n * m, n), -9.0)
+    refs[np.arange(n * m), np.repeat(np.arange(n), m)] = np.ravel(scores)
+    ids = np.where(np.ravel(positives), np.repeat(np.arange(n), m), 99)
+    ranking = average_precision(np.eye(n), np.arange(n), refs, ids, top=2)
+    assert micro_average_precision(ranking, top=top) == pytest.approx(expected)
+
+
+def test_micro_average_precision_over_all_pairs_is_scikit_learns():
+    queries, q_ids, refs, ids = _world(10, n_references=60)
+    refs += np.random.default_rng(0).standard_normal(refs.shape).astype(np.float32)  # no copies, no ties
+    ranking = average_precision(queries, q_ids, refs, ids, top=60)
+    scores = queries.astype(float) @ refs.astype(float).T
+    theirs = average_precision_score((q_ids[:, None] == ids).ravel(), scores.ravel())
+    assert micro_average_precision(ranking, top=60) == pytest.approx(theirs, abs=1e-12)
+    with pytest.raises(SolverUsageError, match="top=61"):
+        micro_average_precision(ranking, top=61)
+
+
+def test_micro_average_precision_falls_when_scores_mean_another_thing_for_each_query():
+    """One threshold serves all: the opposite of mAP, which a shift of a query's scores leaves alone."""
+    queries, q_ids, refs, ids = _world(11)
+    shifts = 40 * np.arange(len(queries))[:, None] * (np.arange(len(queries)) % 2)[:, None]
+    wide = np.hstack([queries, shifts]).astype(np.float32)
+    refs = np.hstack([refs, np.ones((len(refs), 1), np.float32)])
+    plain = average_precision(np.hstack([queries, 0 * shifts]), q_ids, refs, ids, top=10)
+    moved = average_precision(wide, q_ids, refs, ids, top=10)
+    assert moved.map == pytest.approx(plain.map, abs=1e-3)  # float32 products of larger numbers
+    assert micro_average_precision(moved) < 0.8 * micro_average_precision(plain)
+
+
+def test_chance_of_micro_average_precision_is_the_mean_of_random_scores():
+    rng = np.random.default_rng(12)
+    found = []
+    for _ in range(300):
+        refs, queries = rng.standard_normal((30, 12)), rng.standard_normal((20, 12))
+        ranking = average_precision(queries, rng.integers(30, size=20), refs, np.arange(30), top=5)
+        found.append(micro_average_precision(ranking, top=5))
+    error = np.std(found) / np.sqrt(len(found))
+    assert chance_micro(20, 30, top=5) == pytest.approx(np.mean(found), abs=4 * error)
+    assert chance_micro(1, 7, top=1) == pytest.approx(1 / 7)
+
+
+def test_a_balanced_mean_weighs_strata_and_a_plain_one_queries():
+    values, strata = np.array([1.0, 1, 1, 0]), np.array(["a", "a", "a", "b"])
+    assert balanced_mean(values, strata) == 0.5
+    assert balanced_mean(values) == 0.75
+    groups = np.arange(4)
+    one = bootstrap(values, groups, strata=np.zeros(4))
+    assert one == bootstrap(values, groups)
+    # The stratum of one is in some samples alone, in others not at all.
+    assert bootstrap(values, groups, strata=strata) != one
+
+
+def test_the_interval_of_a_balanced_mean_has_its_level():
+    """Strata of very different sizes share groups; 95 % of intervals hold the truth."""
+    held = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        photo = rng.standard_normal(60)
+        groups = np.concatenate([np.arange(60), np.arange(0, 60, 4)])
+        strata = np.repeat([0, 1], [60, 15])
+        values = photo[groups] + 0.5 * rng.standard_normal(75) + strata
+        low, high = bootstrap(values, groups, strata=strata, repeats=300, seed=seed)
+        held += low <= 0.5 <= high
+    # Of 100 at 0.95: below 88 in one of 300 runs; the percentile interval is a little narrow.
+    assert held >= 86
+
+
+def test_intervals_of_micro_average_precision_and_quantiles_resample_groups():
+    queries, q_ids, refs, ids = _world(13, n_queries=120)
+    ranking = average_precision(queries, q_ids, refs, ids, top=10)
+    alone, photos = np.arange(120), np.arange(120) // 30
+    value = micro_average_precision(ranking)
+    narrow, wide = micro_bootstrap(ranking, alone), micro_bootstrap(ranking, photos)
+    for low, high in (narrow, wide):
+        assert low <= value <= high
+    assert micro_bootstrap(ranking, alone, seed=3) == micro_bootstrap(ranking, alone, seed=3)
+    # All queries of one photo: nothing to resample.
+    assert micro_bootstrap(ranking, np.zeros(120)) == pytest.approx((value, value))
+    copies = np.repeat(np.random.default_rng(0).standard_normal(30), 8)
+    spans = {
+        name: quantile_bootstrap(copies, groups, [0.5])[0]
+        for name, groups in (("photos", np.repeat(np.arange(30), 8)), ("queries", np.arange(240)))
+    }
+    width = {name: high - low for name, (low, high) in spans.items()}
+    assert width["photos"] > 1.5 * width["queries"]
+    assert spans["photos"][0] <= np.median(copies) <= spans["photos"][1]
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 1), (6, 2), (6, 5), (6, 6)])

@@ -1,0 +1,298 @@
+"""What a verdict is calibrated on: a collection's own photos, each searched for with itself left out.
+
+Photos that are calibrated on and rows that a map is fitted on are never the same: the collection's own
+pictures would score as no new picture does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from cli import gallery, streams
+from cli.collection import Collection, Rows
+from latentstore import search
+from latentstore.simulate import Diffusion, GaussianPrior, translate
+from solvers.data import PairData
+from solvers.methods import METHODS, build
+from solvers.projection import Projection
+from solvers.sums import RowSums
+from solvers.verdict import LEAST, Calibration, pair_scores, verdict_map
+
+Block = tuple[Rows, npt.NDArray[np.floating[Any]]]
+Blocks = Callable[[], Iterable[Block]]
+"""Gives the gallery as (rows, projected rows)."""
+OnRows = Callable[[int, int], None]
+Asked = Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]
+"""Kind of query -> latents (n, d), and the photo that each is of (n,)."""
+AS_THEY_ARE, SIMULATED, OWN = "pictures as they are", "simulated translations", "the store's own translations"
+MOST, FEW = 2000, 100
+"""Photos to calibrate on at most; where fewer than the second are held out, others fill up to half of all."""
+ALPHA_BAR, PROMPT, SEED = 0.1, 0.3, 0
+"""Of the simulated translations, where the map has no noise level of its own."""
+_PRIOR_ROWS, _BLOCK, _NOISE_BLOCK = 8192, 8192, 256
+_STEPPED = 255
+"""Rows of one photo that a search can step over; photos of more are not calibrated on."""
+
+
+def is_refitted(W: Projection) -> bool:
+    """Tell whether W was fitted on the gallery, so that the score needs a map of its own."""
+    return W.method in METHODS and not METHODS[W.method].needs_pairs
+
+
+def passes(W: Projection) -> int:
+    """Return how often a calibration goes through the gallery: to rank, to fit, to rank by what it fitted."""
+    return 3 if is_refitted(W) else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Photos:
+    """Photos to calibrate on, and what of the gallery shows the same.
+
+    Attributes
+    ----------
+    rows : (n,) array
+        One gallery row a photo.
+    mark : (gallery,) array
+        Which photo each gallery row shows: copies, near-duplicates and what was cut from one photo count
+        as one.
+    own : (n,) array
+        The marks of ``rows``.
+    """
+
+    rows: Rows
+    mark: npt.NDArray[np.int64]
+    own: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, collection: Collection, refitted: bool) -> Photos:
+        """Draw from the photos that have no row in the training split: those a learned map has not seen.
+
+        For a map that is fitted again, others are as good where these are few.
+        """
+        mark = _marks(collection)
+        photos, first, count = np.unique(mark, return_index=True, return_counts=True)
+        trained = np.zeros(len(photos), bool)
+        trained[mark[collection.split[collection.gallery] == "train"]] = True
+        order = np.random.default_rng(SEED).permutation(len(photos))
+        order = order[count[order] <= _STEPPED]
+        held_out, rest = order[~trained[order]], order[trained[order]]
+        chosen = held_out
+        if refitted and len(held_out) < FEW:
+            chosen = np.concatenate([held_out, rest])[: len(order) // 2]
+        chosen = np.sort(chosen[:MOST])
+        return cls(collection.gallery[first[chosen]], mark, photos[chosen])
+
+    def shown_by(self, collection: Collection, rows: Rows) -> npt.NDArray[np.int64]:
+        """Return the photo that each of some gallery rows shows, in the rows' shape."""
+        return self.mark[np.searchsorted(collection.gallery, rows)]
+
+    @property
+    def fitted(self) -> npt.NDArray[np.bool_]:
+        """Which gallery rows show none of them, (gallery,)."""
+        return ~np.isin(self.mark, self.own)
+
+
+def _marks(collection: Collection) -> npt.NDArray[np.int64]:
+    """Return the number of each gallery row's photo: rows of one label or one group, or chained by such."""
+    rows = collection.gallery
+    label, group = (
+        pa.array(names, pa.string()).dictionary_encode().indices.to_numpy()
+        for names in (collection.labels(collection.identity[rows]), collection.group[rows])
+    )
+    n = int(label.max()) + 1
+    links = coo_array((np.ones(len(rows), bool), (label, n + group)), shape=(n + len(rows), n + len(rows)))
+    reached = connected_components(links, directed=False)[1][label]
+    return np.asarray(np.unique(reached, return_inverse=True)[1], np.int64)
+
+
+# --- the map and the scores ----------------------------------------------------------------------
+
+
+def calibrate(
+    collection: Collection, W: Projection, photos: Photos, *, blocks: Blocks | None = None, count: OnRows
+) -> tuple[Projection, Calibration]:
+    """Return the map whose score is calibrated, and the calibration of W's matches by it.
+
+    Positives are translations of the same photos, found among all with their own present. Most origins lie
+    among the fitted rows and score higher: the detection that is stated errs on the low side.
+
+    Parameters
+    ----------
+    blocks : callable, optional
+        The gallery projected by W; by default it is projected here.
+    count : callable
+        Told (rows, 0) as rows of the passes are done.
+
+    Raises
+    ------
+    SolverUsageError, UsageError
+        The pictures that are left do not vary, or too few can be compared.
+    """
+    V, prior = _settled(collection, W, photos, count)
+    diffusion = Diffusion(_alpha_bar(W), PROMPT, seed=SEED)
+    pictures = collection.read(photos.rows)
+    asked: Asked = {
+        AS_THEY_ARE: (pictures, photos.own),
+        SIMULATED: (_translated(pictures, prior, diffusion, photos.rows), photos.own),
+        **_own_translations(collection, photos),
+    }
+    shown = OWN if OWN in asked else SIMULATED
+    given = blocks or (lambda: _projected(collection, W))
+    sought = {shown: asked[shown]} if is_refitted(W) else asked
+    ranked = judged = _Ranked.of(collection, W, sought, photos, _counted(given(), count))
+    if is_refitted(W):
+        # W has seen these photos and ranks them otherwise than new ones (whitened, all are alike). No match
+        # of a new one scores above its best under the map that has seen neither.
+        judged = _Ranked.of(collection, V, asked, photos, _counted(_projected(collection, V), count))
+    negatives = {
+        kind: pair_scores(V, latents[there], collection.read(judged.others[kind][there]))
+        for kind, (latents, _) in asked.items()
+        if (there := judged.others[kind] >= 0).sum() >= LEAST
+    }
+    (latents, own), first = asked[shown], ranked.first[shown]
+    return V, Calibration(
+        negatives,
+        pair_scores(V, latents, collection.read(first)),
+        photos.shown_by(collection, first) == own,
+        shown if shown == OWN else f"{SIMULATED} (alpha_bar {diffusion.alpha_bar:.2g})",
+        {
+            "map": V.fingerprint,
+            "method": W.method,
+            "fitted again without these photos": is_refitted(W),
+            "photos": len(photos.rows),
+            "simulated by": diffusion.name,
+        },
+    )
+
+
+def _settled(
+    collection: Collection, W: Projection, photos: Photos, count: OnRows
+) -> tuple[Projection, GaussianPrior]:
+    """Return the map whose score is calibrated, and the prior of simulated translations.
+
+    Neither knows the photos that are calibrated on. A map of the collection is fitted again without them; one
+    that was learned from pairs never saw them.
+    """
+    rows = collection.gallery[photos.fitted]
+    if not is_refitted(W):
+        drawn = np.random.default_rng(SEED).permutation(rows)[:_PRIOR_ROWS]
+        V, data = W, _unlabelled(collection, np.sort(drawn))
+    else:
+        data = replace(
+            _unlabelled(collection, rows),
+            gallery_sums_source=lambda: _sums_without(collection, photos, count),
+        )
+        knobs = {k: "all" if k == "rank" and v is None else v for k, v in W.knobs.items()}
+        V = replace(build(W.method, **knobs).fit(data).projection(), space_id=W.space_id)
+        if len(rows) < data.dim:
+            count(len(collection.gallery), 0)
+    spectrum = data.gallery_spectrum
+    return verdict_map(V), GaussianPrior.from_spectrum(spectrum.mean, spectrum.values, spectrum.vectors)
+
+
+def _unlabelled(collection: Collection, rows: Rows) -> PairData:
+    return PairData(
+        dim=collection.store.layout.dim,
+        n_pairs=0,
+        n_origins=0,
+        n_gallery=len(rows),
+        stored_eps=float(np.finfo(collection.store.layout.dtype).eps),
+        gallery_source=lambda: collection.blocks(rows),
+    )
+
+
+def _sums_without(collection: Collection, photos: Photos, count: OnRows) -> RowSums | None:
+    """Return the gallery's sums less those of some photos: the kept ones need no second pass."""
+    out = collection.gallery[~photos.fitted]
+    if int(photos.fitted.sum()) < collection.store.layout.dim:
+        return None
+    total = gallery.gallery_sums(collection.store, collection.gallery, on_rows=count)
+    part = streams.sum_rows(collection.store.reader, out, total.precision, total.shift)
+    total.n -= part.n
+    total.sum -= part.sum
+    square = total.xx
+    square -= part.xx
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """Kind of query → the row that ranks first, and the first that does not show the query's own photo.
+
+    The latter is -1 where the collection shows nothing else.
+    """
+
+    first: Mapping[str, Rows]
+    others: Mapping[str, Rows]
+
+    @classmethod
+    def of(
+        cls,
+        collection: Collection,
+        projection: Projection,
+        asked: Asked,
+        photos: Photos,
+        blocks: Iterable[Block],
+    ) -> _Ranked:
+        """Rank all kinds of queries in one pass over the gallery."""
+        queries = np.concatenate([np.asarray(projection.queries(x), np.float32) for x, _ in asked.values()])
+        own = np.concatenate([own for _, own in asked.values()])
+        k = 1 + int(np.bincount(photos.mark)[photos.own].max())
+        _, rows = search.top_k(queries, blocks, k)
+        foreign = photos.shown_by(collection, rows) != own[:, None]
+        at = foreign.argmax(axis=1)[:, None]
+        others = np.where(foreign.any(axis=1), np.take_along_axis(rows, at, 1)[:, 0], -1)
+        ends = np.cumsum([len(x) for x, _ in asked.values()])[:-1]
+        first, best = np.split(rows[:, 0], ends), np.split(others, ends)
+        return cls(dict(zip(asked, first, strict=True)), dict(zip(asked, best, strict=True)))
+
+
+def _projected(collection: Collection, projection: Projection) -> Iterator[Block]:
+    rows = collection.gallery
+    spans = [rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK)]
+    for span, latents in zip(spans, streams.ahead(collection.read, spans), strict=True):
+        yield span, np.asarray(projection.references(latents), np.float32)
+
+
+def _counted(blocks: Iterable[Block], count: OnRows) -> Iterator[Block]:
+    for rows, block in blocks:
+        yield rows, block
+        count(len(rows), 0)
+
+
+def _translated(
+    latents: npt.NDArray[Any], prior: GaussianPrior, diffusion: Diffusion, rows: Rows
+) -> npt.NDArray[np.float32]:
+    out = np.empty(latents.shape, np.float32)
+    for at in range(0, len(rows), _NOISE_BLOCK):
+        here = slice(at, at + _NOISE_BLOCK)
+        out[here] = translate(latents[here], prior, diffusion, rows[here])
+    return out
+
+
+def _own_translations(collection: Collection, photos: Photos) -> Asked:
+    """Return the validation split's translations of these photos, one drawn each; none where they are few."""
+    origins, translated = collection.pairs("validation")
+    if not len(origins):
+        return {}
+    mark = photos.shown_by(collection, origins)
+    order = np.random.default_rng(SEED).permutation(len(mark))
+    order = order[np.isin(mark[order], photos.own)]
+    own, first = np.unique(mark[order], return_index=True)
+    if len(own) < LEAST:
+        return {}
+    return {OWN: (collection.read(translated[order[first]]), own)}
+
+
+def _alpha_bar(W: Projection) -> float:
+    """Return W's own noise level; of several the (geometric) middle."""
+    levels = np.atleast_1d(np.asarray(W.knobs.get("alpha_bar", ALPHA_BAR), np.float64))
+    return float(np.exp(np.log(levels).mean()))
