@@ -186,7 +186,7 @@ def time_steps(root: Path, classes: int) -> list[Figure]:
                ratio("over the straightforward loop, cold", cold["straightforward loop"],
                      cold["from the store"], "from the store", f"limit {COLD_LIMIT}")]  # fmt: skip
     for name, values in times.items():
-        role = "limit" if name == "the five products" else "control" if "loop" in name else "method"
+        role = "note" if name == "the five products" else "control" if "loop" in name else "method"
         rate = BATCH / statistics.median(values)
         figures.append(Figure("samples a second", rate, name, role, unit="rows/s", n=ROUNDS))
     return figures

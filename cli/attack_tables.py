@@ -224,7 +224,7 @@ def figures(rows: Sequence[Row], rivals: Sequence[Rival], n_references: int) -> 
 
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
-    """Return a plot for each kind of attack, a line for each subject, from no attack on."""
+    """Return a plot for each kind of attack, a line for each subject, from no attack on to the hardest."""
     families = dict.fromkeys(r.step.family for r in rows if r.step.intensity is not None)
     subjects = {r.subject: r.role for r in rows}
     out = []
@@ -233,7 +233,7 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
         for subject, role in subjects.items():
             own = [r for r in rows if r.subject == subject and r.step.family in (NOTHING, family)]
             x = [facts.neutral if r.step.intensity is None else r.step.intensity for r in own]
-            order = np.argsort(x)
+            order = np.argsort(x if facts.rises else [-v for v in x])
             bands: dict[str, Any] = {}
             if all(r.interval is not None for r in own):
                 bands = {

@@ -213,10 +213,12 @@ class Collection:
     def queries(self, split: str, group: str = "", *, origins_elsewhere: bool = False) -> Queries:
         """Return the queries of a split: its translations, and rows of role ``query``.
 
-        Translations need an origin in this store, unless origins lie elsewhere: in the gallery to be searched.
+        Translations need an origin in this store, unless origins lie elsewhere: in the gallery to search.
         """
         asked = np.flatnonzero(self.ok & (self.role == "query") & (self.split == split))
-        mine = np.flatnonzero(self.ok & (self.role == "translation")) if origins_elsewhere else self.translations
+        mine = self.translations
+        if origins_elsewhere:
+            mine = np.flatnonzero(self.ok & (self.role == "translation"))
         rows = np.union1d(mine[self.split[mine] == split], asked)
         return Queries(self, rows, group or self._group_name(rows))
 

@@ -47,7 +47,7 @@ def read(path: Path) -> list[Report]:
     except (ResultsError, ValueError, AttributeError) as exc:
         raise ResultsError(f"{path} does not hold results: {exc}") from exc
     for report in reports:
-        if wrong := misfit(report, Report, "the report"):
+        if wrong := misfit(report, Report, "report"):
             raise ResultsError(f"{path} does not hold results: {wrong}. Have the command write it again.")
     return reports
 
