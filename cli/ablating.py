@@ -333,7 +333,7 @@ def _groups(collection: Collection, other: Path | None) -> list[Queries]:
     seen = {m or "unnamed" for m in collection.model[collection.pairs("train")[1]]}
     out: list[Queries] = []
     for one in asked:
-        found = one.queries("test")
+        found = one.queries("test", origins_elsewhere=one is not collection)
         known = np.array([(m or "unnamed") in seen for m in one.model[found.rows]], bool)
         for kind, rows in ((tables.SEEN, found.rows[known]), (tables.UNSEEN, found.rows[~known])):
             taken = any(q.group == kind for q in out)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from latentstore.index import Index
 
 from cli.asked import Asked, OnRows, OnStart, ask
 from cli.collection import Collection
@@ -21,6 +20,7 @@ from cli.streams import ahead
 from cli.verdicts import Judge, judge_for
 from latentstore import heat, results, search
 from latentstore.errors import UsageError
+from latentstore.index import Index
 from latentstore.pictures import SIDE, Pictures, thumbnail_uri
 from latentstore.results import Candidate, Match, Report
 from solvers.explain import contributions, grid
@@ -54,7 +54,9 @@ class MatchResult:
     Attributes
     ----------
     searched : str
-        What searched: a kept index, or the collection projected for the occasion; and by which backend.
+        What was searched: a kept index, or the collection projected for the occasion.
+    backend : str
+        What searched it.
     note : str
         Why near-duplicates are not grouped, or empty.
     no_verdict : str
@@ -67,6 +69,7 @@ class MatchResult:
     method: str
     made: bool
     searched: str
+    backend: str
     note: str = ""
     no_verdict: str = ""
     notes: list[str] = field(default_factory=list)
@@ -86,6 +89,7 @@ class _Searched:
     rows: npt.NDArray[np.int64]
     how: str
     notes: list[str]
+    backend: str = "faiss"
 
 
 def run_match(
@@ -142,6 +146,7 @@ def run_match(
         found.W.method,
         found.made,
         found.how,
+        found.backend,
         collection.near[1],
         why,
         found.notes,
@@ -191,11 +196,15 @@ def _search(queries: list[Path], store: Path, options: MatchOptions, phases: Pha
         return replace(held, scores=scores, rows=rows, how="an approximate index")
     on_start, on_rows = phases("search", "rows")
     on_start(len(collection.gallery), len(collection.gallery))
-    scores, rows = search.top_k(
-        projected, _counted(_blocks(held), on_rows), k, backend=options.backend, device=options.device
-    )
+    scan = search.Search(projected, k, backend=options.backend, device=options.device)
+    for rows, block in _blocks(held):
+        scan.add(rows, block)
+        on_rows(len(rows), 0)
+    scores, rows = scan.best()
     how = "its kept index" if index is not None else "projected for this search"
-    return replace(held, scores=scores, rows=rows, how=how)
+    # Too small a job to time the two ways is done by NumPy.
+    backend = "numpy" if scan.backend == "auto" else scan.backend
+    return replace(held, scores=scores, rows=rows, how=how, backend=backend)
 
 
 def _blocks(found: _Searched) -> Iterator[Block]:
@@ -207,12 +216,6 @@ def _blocks(found: _Searched) -> Iterator[Block]:
     spans = [gallery[at : at + BLOCK] for at in range(0, len(gallery), BLOCK)]
     for span, latents in zip(spans, ahead(collection.read, spans), strict=True):
         yield span, np.asarray(found.W.references(latents), np.float32)
-
-
-def _counted(blocks: Iterable[Block], on_rows: OnRows) -> Iterator[Block]:
-    for rows, block in blocks:
-        yield rows, block
-        on_rows(len(rows), 0)
 
 
 def _hidden(collection: Collection, top: int) -> int:
@@ -279,7 +282,7 @@ def _report(
             "map": result.method,
             "file": result.projection,
             "rank": found.W.rank,
-            "searched": result.searched,
+            "searched": f"{result.searched}, by {result.backend}",
             "origins shown": options.top,
         },
         reproduce=[command] if command else [],

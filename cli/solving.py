@@ -90,7 +90,8 @@ def fit(
     needs_pairs = options.method != AUTO and get(options.method).needs_pairs
     if needs_pairs and not data.n_pairs:
         raise NoPairsError(_no_pairs(collection, options.method))
-    queries = (asked or collection).queries("validation")
+    elsewhere = asked is not None and asked is not collection
+    queries = (asked or collection).queries("validation", origins_elsewhere=elsewhere)
     fitting = _Fitting(collection, options, queries, simulated, init, progress, say, run)
     try:
         bare, facts, choices = _fitted(fitting, data, rank)
@@ -224,7 +225,7 @@ def solve(
     control_set = measure.fit_controls(collection, projection.rank)
     if options.method == AUTO:
         control_set |= auto.rival(collection, options, choices)
-    test = asked.queries("test")
+    test = asked.queries("test", origins_elsewhere=asked is not collection)
     name = options.method if options.method != AUTO else f"auto: {projection.method}"
     evaluation = measure.evaluate(collection, test, {name: projection}, control_set)
     figures = list(evaluation.figures) + account.solver_figures(name, facts)

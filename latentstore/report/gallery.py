@@ -108,10 +108,16 @@ def found(match: Match, budget: Budget, *, large: bool = False) -> Found:
         verdict=verdict,
         outcome="" if verdict == "unknown" and match.verdict is not None else outcome,
         judged=None if match.verdict is None else _judged(match.verdict),
-        candidates=[_picture(i, c, budget) for i, c in enumerate(candidates, start=1)],
+        candidates=[_picture(_rank(i, c, match), c, budget) for i, c in enumerate(candidates, start=1)],
         left_out=len(match.candidates) - len(candidates),
         large=large,
     )
+
+
+def _rank(place: int, candidate: Candidate, match: Match) -> int:
+    """Return a candidate's rank: its place, but for an origin that stands last though it ranked behind."""
+    last = place == len(match.candidates)
+    return match.rank if last and candidate.correct and match.rank else place
 
 
 def _judged(verdict: Verdict) -> Judged:

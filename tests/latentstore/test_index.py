@@ -295,13 +295,16 @@ def prepared(root, what):
         return store, lambda: remove(root, [3, 200])
     if what == "fewer":
         return store, lambda: update(store, rows=wanted(store)[40:])
+    if what == "more":
+        update(store, rows=wanted(store)[40:])
+        return store, lambda: update(store)
     larger = grown(root, 420)
     return larger, lambda: update(larger)
 
 
-@pytest.mark.parametrize("what", ["make", "grow", "fewer", "remove"])
+@pytest.mark.parametrize("what", ["make", "grow", "fewer", "more", "remove"])
 def test_a_failure_at_any_write_is_made_good(tmp_path, monkeypatch, what):
-    """Every write in turn is the last one."""
+    """Every write in turn is the last one. What is removed next is nowhere, whatever had been written."""
     for writes in range(100):
         store, change = prepared(tmp_path / f"{writes}.zarr", what)
         mend = power_for(monkeypatch, writes)
@@ -313,14 +316,14 @@ def test_a_failure_at_any_write_is_made_good(tmp_path, monkeypatch, what):
         mend()
         store, folder = open_store(store.root), folder_of(store, W)
         if kept(store.root) and not ended:
-            left = Index.open(folder)
-            contents(left)  # no row twice
-            assert left.data_hash != store.data_hash() or contents(left) == expected(store)
-        if what == "remove":
-            remove(store.root, [])
-            store = open_store(store.root)
-            assert not {3, 200} & set(Index.open(folder).rows.tolist())
-            assert not Index.open(folder).references[[3, 200]].any()
+            assert_never_wrong(Index.open(folder), store)
+        gone = [3, 200] if what == "remove" else [5, 329, len(store) - 1]
+        secrets = project(latents_of(len(store))[gone])
+        remove(store.root, [] if what == "remove" else gone)
+        store, written = open_store(store.root), (folder / "references.f32").read_bytes()
+        assert not any(secret.tobytes() in written for secret in secrets)
+        if kept(store.root):
+            assert_never_wrong(Index.open(folder), store)
         index, _ = update(store)
         assert_current(index, store)
         assert not index.references[index.rows < 0].any()
@@ -328,6 +331,16 @@ def test_a_failure_at_any_write_is_made_good(tmp_path, monkeypatch, what):
             assert writes > 3
             return
     raise AssertionError("it never ended")
+
+
+def assert_never_wrong(index, store):
+    """An index that says it is current is; one that does not has no row twice, and none with another's."""
+    assert contents(index).keys() <= set(range(len(store)))
+    assert not any("differ" in finding for finding in index.check())
+    if index.data_hash == store.data_hash():
+        whole = expected(store)
+        # Of all rows, or of those from 40 on, where these were asked for.
+        assert contents(index) in (whole, {row: vector for row, vector in whole.items() if row >= 40})
 
 
 def test_a_kill_in_the_middle(tmp_path):

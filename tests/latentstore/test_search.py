@@ -184,14 +184,16 @@ def test_other_dtypes_and_row_numbers(way):
     np.testing.assert_array_equal(top_k(queries, [(np.arange(700), refs)], 5, **way)[1], expected)
 
 
-@pytest.mark.parametrize(("q", "r"), [(1, 1e-30), (1e-25, 1e-25), (1e15, 1e15), (1e-18, 1e18)])
+@pytest.mark.parametrize(("q", "r"), [(0, -100), (-73, -73), (-80, -80), (50, 50), (-50, 50), (50, -80)])
 @every_way
 def test_any_magnitude(way, q, r):
-    """Products below float32's range, norms whose squares are, and numbers far outside float16's."""
-    queries, refs = random_world(n=200, q=5)
-    queries, refs = queries * np.float32(q), refs * np.float32(r)
-    _, rows = top_k(queries, blocks(refs, 60), 5, **way)
-    np.testing.assert_array_equal(rows, brute_force(queries, refs, 5)[1])
+    """Near-ties whose products, or the squares of whose norms, are below float32's range, or far above 1."""
+    queries, refs = clustered(3000, 6, 64)
+    queries, refs = np.ldexp(queries, q), np.ldexp(refs, r)  # exact
+    scores, rows = brute_force(queries, refs, 5)
+    found = top_k(queries, blocks(refs, 1000), 5, **way)
+    np.testing.assert_array_equal(found[1], rows)
+    np.testing.assert_array_equal(found[0], scores)
 
 
 @every_way
