@@ -24,7 +24,7 @@ from solvers.data import PairData
 from solvers.methods import METHODS, build
 from solvers.projection import Projection
 from solvers.sums import RowSums
-from solvers.verdict import LEAST, Calibration, pair_scores, verdict_map
+from solvers.verdict import CANDIDATES, LEAST, Calibration, pair_scores, standing, verdict_map
 
 Block = tuple[Rows, npt.NDArray[np.floating[Any]]]
 Blocks = Callable[[], Iterable[Block]]
@@ -48,8 +48,8 @@ def is_refitted(W: Projection) -> bool:
 
 
 def passes(W: Projection) -> int:
-    """Return how often a calibration goes through the gallery: to rank, to fit, to rank by what it fitted."""
-    return 3 if is_refitted(W) else 1
+    """Return how often a calibration goes through the gallery: to rank, to fit, to rank by its own map."""
+    return 3 if is_refitted(W) else 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,24 +145,22 @@ def calibrate(
         **_own_translations(collection, photos),
     }
     shown = OWN if OWN in asked else SIMULATED
-    given = blocks or (lambda: _projected(collection, W))
-    sought = {shown: asked[shown]} if is_refitted(W) else asked
-    ranked = judged = _Ranked.of(collection, W, sought, photos, _counted(given(), count))
-    if is_refitted(W):
+    latents, own = asked[shown]
+    queries = np.asarray(W.queries(latents), np.float32)
+    first = search.top_k(queries, _counted(blocks() if blocks else _projected(collection, W), count), 1)[1][
+        :, 0
+    ]
+    ranked = _ranked(collection, V, asked, photos, _counted(_projected(collection, V), count))
+    scores, marks = ranked[shown]
+    mark = photos.shown_by(collection, first)
+    positives = _standing(pair_scores(V, latents, collection.read(first)), mark, scores, marks)
+    return V, Calibration(
         # W has seen these photos and ranks them otherwise than new ones (whitened, all are alike). No match
         # of a new one scores above its best under the map that has seen neither.
-        judged = _Ranked.of(collection, V, asked, photos, _counted(_projected(collection, V), count))
-    negatives = {
-        kind: pair_scores(V, latents[there], collection.read(judged.others[kind][there]))
-        for kind, (latents, _) in asked.items()
-        if (there := judged.others[kind] >= 0).sum() >= LEAST
-    }
-    (latents, own), first = asked[shown], ranked.first[shown]
-    return V, Calibration(
-        negatives,
-        pair_scores(V, latents, collection.read(first)),
-        photos.shown_by(collection, first) == own,
-        shown if shown == OWN else f"{SIMULATED} (alpha_bar {diffusion.alpha_bar:.2g})",
+        {kind: _without(asked[kind][1], *found) for kind, found in ranked.items()},
+        positives,
+        mark == own,
+        shown if shown == OWN else f"{SIMULATED} (ᾱ {diffusion.alpha_bar:.2g})",
         {
             "map": V.fingerprint,
             "method": W.method,
@@ -223,36 +221,39 @@ def _sums_without(collection: Collection, photos: Photos, count: OnRows) -> RowS
     return total
 
 
-@dataclass(frozen=True, eq=False)
-class _Ranked:
-    """Kind of query → the row that ranks first, and the first that does not show the query's own photo.
+def _ranked(
+    collection: Collection, V: Projection, asked: Asked, photos: Photos, blocks: Iterable[Block]
+) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
+    """Rank all kinds of queries in one pass: kind → scores (n, k), best first, and the photos behind them.
 
-    The latter is -1 where the collection shows nothing else.
+    k leaves enough references beside those that show a query's own photo.
     """
+    queries = np.concatenate([np.asarray(V.queries(x), np.float32) for x, _ in asked.values()])
+    most = int(np.bincount(photos.mark)[photos.own].max())
+    scores, rows = search.top_k(queries, blocks, CANDIDATES + most)
+    ends = np.cumsum([len(x) for x, _ in asked.values()])[:-1]
+    parts = zip(np.split(scores, ends), np.split(photos.shown_by(collection, rows), ends), strict=True)
+    return dict(zip(asked, parts, strict=True))
 
-    first: Mapping[str, Rows]
-    others: Mapping[str, Rows]
 
-    @classmethod
-    def of(
-        cls,
-        collection: Collection,
-        projection: Projection,
-        asked: Asked,
-        photos: Photos,
-        blocks: Iterable[Block],
-    ) -> _Ranked:
-        """Rank all kinds of queries in one pass over the gallery."""
-        queries = np.concatenate([np.asarray(projection.queries(x), np.float32) for x, _ in asked.values()])
-        own = np.concatenate([own for _, own in asked.values()])
-        k = 1 + int(np.bincount(photos.mark)[photos.own].max())
-        _, rows = search.top_k(queries, blocks, k)
-        foreign = photos.shown_by(collection, rows) != own[:, None]
-        at = foreign.argmax(axis=1)[:, None]
-        others = np.where(foreign.any(axis=1), np.take_along_axis(rows, at, 1)[:, 0], -1)
-        ends = np.cumsum([len(x) for x, _ in asked.values()])[:-1]
-        first, best = np.split(rows[:, 0], ends), np.split(others, ends)
-        return cls(dict(zip(asked, first, strict=True)), dict(zip(asked, best, strict=True)))
+def _without(
+    own: npt.NDArray[np.int64], scores: npt.NDArray[np.float64], marks: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return the standing of the best reference that does not show the query's own photo."""
+    scores = np.where(marks == own[:, None], np.nan, scores)
+    at = np.nanargmax(scores, axis=1)[:, None]  # a calibration has 20 photos at least: there is one
+    first, mark = np.take_along_axis(scores, at, 1)[:, 0], np.take_along_axis(marks, at, 1)[:, 0]
+    return _standing(first, mark, scores, marks)
+
+
+def _standing(
+    first: npt.NDArray[np.float64],
+    mark: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float64],
+    marks: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float64]:
+    """Return the standing of references that show the photos ``mark``, among those that show others."""
+    return standing(first, np.where(marks == mark[:, None], np.nan, scores))
 
 
 def _projected(collection: Collection, projection: Projection) -> Iterator[Block]:

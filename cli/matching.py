@@ -25,6 +25,7 @@ from latentstore.pictures import SIDE, Pictures, thumbnail_uri
 from latentstore.results import Candidate, Match, Report
 from solvers.explain import contributions, grid
 from solvers.projection import Projection
+from solvers.verdict import CANDIDATES
 
 BLOCK = 8192
 """Gallery rows that are projected at a time where no index keeps them."""
@@ -77,7 +78,10 @@ class MatchResult:
 
 @dataclass(frozen=True)
 class _Searched:
-    """The collection, the map and what was found; rows are (q, k), best first."""
+    """The collection, the map and what was found.
+
+    Rows are (q, k), best first; -1 behind what an approximate index found.
+    """
 
     collection: Collection
     W: Projection
@@ -128,12 +132,12 @@ def run_match(
         judge, why = judge_for(
             collection, found.W, blocks=lambda: _blocks(found), on_start=on_start, on_rows=on_rows
         )
-    verdicts = [None] * len(asked.names) if judge is None else judge.verdicts(asked.latents, found.rows[:, 0])
+    verdicts = [None] * len(asked.names) if judge is None else judge.verdicts(asked.latents, found.rows)
     matches = [
         Match(
             query=name,
             group="",
-            margin=_margin(s, collection.labels(collection.identity[rows])),
+            margin=_margin(s[rows >= 0], collection.labels(collection.identity[rows[rows >= 0]])),
             candidates=_origins(collection, s, rows)[: options.top],
             verdict=verdict,
         )
@@ -188,7 +192,8 @@ def _search(queries: list[Path], store: Path, options: MatchOptions, phases: Pha
             f"--approximate needs an index of {store} that is current: latentstore index --store {store} "
             "--factory IVF256,Flat makes one."
         )
-    k = max(options.top, 10) + _hidden(collection, max(options.top, 10))
+    k = max(options.top, CANDIDATES if options.verdicts else 10)
+    k += _hidden(collection, k)
     projected = np.asarray(W.queries(asked.latents), np.float32)
     held = _Searched(collection, W, name, made, index, asked, np.empty(0), np.empty(0, np.int64), "", notes)
     if options.approximate and index is not None:
@@ -241,7 +246,7 @@ def _once(collection: Collection, scores: Any, rows: Any) -> Iterator[tuple[floa
     """Yield (score, best row, its other rows) of each origin."""
     seen: set[int] = set()
     for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
-        if row not in seen:
+        if row >= 0 and row not in seen:
             others = [r for r in collection.twins.get(row, np.empty(0, np.int64)).tolist() if r != row]
             seen |= {row, *others}
             yield score, row, others
@@ -249,7 +254,7 @@ def _once(collection: Collection, scores: Any, rows: Any) -> Iterator[tuple[floa
 
 def _margin(scores: Any, labels: Any) -> float | None:
     """Return the top score less the best of another origin, or None when no other is near the top."""
-    others = np.flatnonzero(labels != labels[0])
+    others = np.flatnonzero(labels != labels[:1])
     return float(scores[0] - scores[others[0]]) if len(others) else None
 
 

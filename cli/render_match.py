@@ -41,24 +41,26 @@ def _p(verdict: Verdict) -> str:
 
 
 def _worth(matches: list[Match]) -> list[str]:
-    """Return what each decision that was made is worth on this collection, once."""
+    """Return what each bar that was passed or missed is worth on this collection, once."""
     first: dict[str, Verdict] = {}
     for match in matches:
         if match.verdict is not None:
-            first.setdefault(match.verdict.decision, match.verdict)
+            # "no origin here" comes with the rates of the bar that it missed.
+            bar = "match" if match.verdict.decision == "match" else "doubtful or better"
+            first.setdefault(bar, match.verdict)
     if not first:
         return []
     rows = []
-    for decision, verdict in first.items():
+    for bar, verdict in sorted(first.items(), reverse=True):
         found = ""
         if verdict.detection is not None:
             found = f"{percent(verdict.detection, verdict.detection_interval)} of {verdict.detection_of}"
-        rows.append([decision, percent(verdict.false_alarm, verdict.false_alarm_interval), found])
+        rows.append([bar, percent(verdict.false_alarm, verdict.false_alarm_interval), found])
     n = next(iter(first.values())).n
     title = (
         f"p: the share of pictures without an origin here that would score as high, by {n:,} of this "
         "collection that were held out. % [95 % interval]:"
     )
-    header = ["called so or better", "false alarms", "origins found"]
-    notes = dict.fromkeys(v.note for v in first.values() if v.note)
+    header = ["called", "false alarms", "origins found"]
+    notes = dict.fromkeys(m.verdict.note for m in matches if m.verdict is not None and m.verdict.note)
     return ["", title, table(header, rows, left=1), *(f"  {note}" for note in notes)]

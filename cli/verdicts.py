@@ -20,12 +20,14 @@ from latentstore.results import Curve, Role, Verdict
 from latentstore.schema import LATENTS
 from solvers.errors import ProjectionFormatError, SolverUsageError
 from solvers.projection import Projection
-from solvers.verdict import LEAST, MATCH, Calibration, pair_scores, verdict_map
+from solvers.verdict import LEAST, MATCH, Calibration, standing, verdict_map
 
 OnStart = Callable[[int, int], None]
 PLOT = "Scores with and without an origin here"
 _BINS = 40
-_VERSION = 1
+_BLOCK, _READ = 256, 1024
+"""Queries that are judged at a time, and rows that are read."""
+_VERSION = 2
 """Of how a calibration is made: another one has another name."""
 
 
@@ -46,19 +48,35 @@ class Judge:
     calibration: Calibration
 
     def verdicts(self, latents: npt.NDArray[np.floating[Any]], rows: Rows) -> list[Verdict]:
-        """Judge queries by the row that ranked first for each.
+        """Judge whether the row that ranked first for a query stands out from the next ones.
 
         Parameters
         ----------
         latents : (n, d) array
-        rows : (n,) int64 array
+        rows : (n, k) int64 array
+            Ranked rows, best first; `solvers.verdict.CANDIDATES` are enough. -1 where there are no more.
         """
-        unique, at = np.unique(np.asarray(rows, np.int64), return_inverse=True)
-        references = self.collection.read(unique)
-        scores = pair_scores(self.projection, latents, references[at]) if len(at) else np.zeros(0)
+        spans = [slice(at, at + _BLOCK) for at in range(0, len(latents), _BLOCK)]
+        scores = np.concatenate([np.zeros(0), *(self._standing(latents[s], rows[s]) for s in spans)])
         return [
             self._verdict(float(s), float(p)) for s, p in zip(scores, self.calibration.p(scores), strict=True)
         ]
+
+    def _standing(self, latents: npt.NDArray[np.floating[Any]], rows: Rows) -> npt.NDArray[np.float64]:
+        unique, at = np.unique(np.maximum(rows, self.collection.gallery[0]), return_inverse=True)
+        at = at.reshape(rows.shape)  # NumPy 2.0 and 2.1 differ in what they return
+        # In float64: a verdict is the same in any company.
+        parts = (self.collection.read(unique[i : i + _READ]) for i in range(0, len(unique), _READ))
+        references = np.concatenate([self.projection.references(x.astype(np.float64)) for x in parts])
+        queries = self.projection.queries(np.asarray(latents, np.float64))
+        scores = np.stack([references[i] @ q for i, q in zip(at, queries, strict=True)])
+        scores[rows < 0] = np.nan
+        same = np.zeros(rows.shape, bool)
+        labels = self.collection.labels(self.collection.identity[unique])
+        for names in (labels, self.collection.group[unique]):
+            named = np.asarray(names, object)[at]
+            same |= named == named[:, :1]
+        return standing(scores[:, 0], np.where(same, np.nan, scores)[:, 1:])
 
     def _verdict(self, score: float, p: float) -> Verdict:
         found = self.calibration

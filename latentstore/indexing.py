@@ -130,10 +130,14 @@ def update(
         changed = [s for s in now.keys() | before.keys() if now.get(s) != before.get(s)]
         todo = set(changed) | set((np.setdiff1d(rows, live) // size).tolist())
         gone = np.flatnonzero((held >= 0) & ~np.isin(held, rows))
-        # From here on it is not current, and stays so until the last of these shards is written.
-        body["shards"] = {s: token for s, token in body["shards"].items() if int(s) not in todo}
-        write_body(folder, {**body, "data": ""})
+        # From here on it is not current, and stays so until the last of these shards is as it is wanted.
+        left = {s: token for s, token in body["shards"].items() if int(s) not in todo}
+        losing = set((held[gone] // size).tolist())
+        body |= {"data": "", "shards": {s: token for s, token in left.items() if int(s) not in losing}}
+        write_body(folder, body)
         _empty(folder, body, gone)
+        if len(gone):
+            write_body(folder, body | {"shards": left})
     edges = np.searchsorted(rows, np.arange(store.layout.n_shards + 1) * size)
     spans = {s: rows[edges[s] : edges[s + 1]] for s in sorted(todo) if s < store.layout.n_shards}
     count = sum(map(len, spans.values()))
@@ -442,5 +446,4 @@ def _put(path: Path, positions: Rows, values: npt.NDArray[Any]) -> None:
 
 def drop(folder: Path) -> None:
     """Delete an index."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)

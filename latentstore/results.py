@@ -123,11 +123,12 @@ class Verdict:
     ----------
     decision : {"match", "doubtful", "no origin here"}
     score : float
-        Of the first-ranked candidate, by the score that was calibrated (not the one that ranks).
+        How far the first-ranked candidate stands out: what was calibrated, not what ranks.
     p : float
         Share of pictures without an origin here that would score as high: a conformal p-value.
     false_alarm : float
-        Share of pictures without an origin here that are called what this one is called, or better.
+        Expected share of pictures without an origin here that are called what this one is called, or
+        better. For "no origin here" both rates are of the bar that it missed.
     false_alarm_interval : tuple of float
         95 %.
     detection : float or None

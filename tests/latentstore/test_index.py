@@ -17,7 +17,7 @@ import zarr
 from slow_index import project
 from store_worlds import make_store, rows_of, write_shard
 
-from latentstore import approximate, indexing
+from latentstore import approximate, indexing, removal
 from latentstore.errors import CorruptStoreError, StoreFormatError, StoreWriteError, UsageError
 from latentstore.index import Index, folder_of, kept
 from latentstore.removal import remove
@@ -193,6 +193,15 @@ def test_a_removal_takes_the_bytes_out_at_once_and_no_image_is_projected_again(s
     assert copy.data_hash != open_store(store.root).data_hash()
 
 
+def test_a_removal_takes_the_bytes_out_before_it_turns_to_the_shards(store, monkeypatch):
+    index, _ = update(store)
+    monkeypatch.setattr(removal, "finish", lambda root: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        remove(store.root, [7])
+    assert not index.references[7].any()
+    assert not Index.open(index.folder).data_hash, "until the shards are without it, too"
+
+
 def test_a_removal_reaches_an_index_that_is_not_current(store):
     update(store)
     store = grown(store.root, 600)
@@ -230,14 +239,19 @@ def test_a_removal_during_an_update(store):
     assert_current(update(store)[0], store)
 
 
+def encoded_again(store):
+    """Replace shard 1 (rows 84 to 167) by other latents; return those of all rows."""
+    latents = latents_of(500)
+    latents[84:168] = latents_of(84, seed=9)
+    with writing(store.root):
+        (store.root / "done" / "000001.json").unlink()
+        write_shard(store, 1, latents, np.full(500, OK, np.uint8), store.inputs())
+    return latents
+
+
 def test_a_changed_shard_is_made_again(store):
     index, _ = update(store)
-    latents = latents_of(500)
-    latents[90] = 1
-    with writing(store.root):
-        for file in (store.root / "done").glob("000001.json"):
-            file.unlink()
-        write_shard(store, 1, latents, np.full(500, OK, np.uint8), store.inputs())
+    encoded_again(store)
     assert index.data_hash != store.data_hash()
     index, done = update(store)
     assert done.added == 84
@@ -509,6 +523,13 @@ def test_rows_that_came_later_are_found_and_those_that_went_are_not(fast, store)
     scores, rows = index.approximate(queries, 100)
     assert set(rows.ravel().tolist()) == {-1, *range(600, 640)}
     assert np.isneginf(scores[rows < 0]).all()
+
+
+def test_rows_that_changed_are_found_as_they_are_now(fast, store):
+    queries = project(encoded_again(store)[84:168])
+    queries[:, -1] = 0  # each is then nearest to itself
+    index, _ = update(store)
+    np.testing.assert_array_equal(index.approximate(queries, 2)[1], index.search(queries, 2)[1])
 
 
 def test_a_removal_deletes_the_approximate_part(fast, store):

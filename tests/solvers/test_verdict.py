@@ -11,7 +11,7 @@ from solvers.analytic import Analytic
 from solvers.closed import PairData, Pca, Plda
 from solvers.errors import ProjectionFormatError, SolverUsageError
 from solvers.projection import Projection
-from solvers.verdict import Calibration, exact_interval, pair_scores, verdict_map
+from solvers.verdict import CANDIDATES, Calibration, exact_interval, pair_scores, standing, verdict_map
 
 DRAWS = {
     "normal": lambda rng, n: rng.standard_normal(n),
@@ -191,6 +191,80 @@ def test_a_score_does_not_depend_on_its_company():
         # Float64 sums in another order: some eps of the terms.
         assert together[i] == pytest.approx(pair_scores(V, g[i : i + 1], rows[i : i + 1])[0], rel=1e-12)
     assert pair_scores(V, g[:0], rows[:0]).shape == (0,)
+
+
+def test_standing_is_the_score_times_the_cube_root_of_its_lead():
+    rng = np.random.default_rng(0)
+    first, others = rng.random(50) + 2, rng.random((50, 60))
+    rest = np.sort(others, axis=1)[:, ::-1][:, 2:22]
+    expected = first * ((first - rest.mean(axis=1)) / rest.std(axis=1)) ** (1 / 3)
+    near = {"rtol": 1e-12}  # sums of twenty terms
+    np.testing.assert_allclose(standing(first, others), expected, **near)
+    np.testing.assert_allclose(standing(first, rng.permuted(others, axis=1)), expected, **near)
+    np.testing.assert_allclose(standing(first, np.insert(others, 7, np.nan, axis=1)), expected, **near)
+    np.testing.assert_allclose(standing(first * 7, others * 7), expected * 7, **near)
+    # Only the best count, and CANDIDATES hold them.
+    best = -np.sort(-others, axis=1)[:, : CANDIDATES - 1]
+    assert np.array_equal(standing(first, best), standing(first, others))
+
+
+def test_nothing_is_told_where_nothing_can_be_compared():
+    first, others = np.array([0.9]), np.linspace(0, 0.5, 30)[None]
+    assert standing(first, others[:, :6]) == 0  # four beyond the two
+    assert standing(first, others[:, :7]) > 0
+    assert standing(first, others[:, :0]) == 0
+    assert standing(first, np.full((1, 30), np.nan)) == 0
+    # Equal but for rounding: a lead of billions would be noise.
+    assert standing(first, 0.3 + 1e-16 * others) == 0
+    assert standing(first, 0.3 * (1 + 1e-14 * others)) == 0
+    assert standing(first, np.zeros((1, 30))) == 0
+    assert standing(-first, others - 2) == 0
+    assert standing(np.array([0.1]), others) == 0  # below those that it is compared with
+    assert standing(np.array([np.nan]), others) == 0
+    assert standing(np.zeros(0), np.zeros((0, 30))).shape == (0,)
+
+
+def test_two_near_duplicates_do_not_take_a_lead_and_three_do():
+    rng = np.random.default_rng(1)
+    first, others = np.full(200, 1.0), 0.3 + 0.05 * rng.standard_normal((200, 40))
+    alone = standing(first, others)
+    for copies in (1, 2):
+        crowded = standing(first, np.concatenate([np.full((200, copies), 0.98), others], axis=1))
+        assert (crowded > 0.7 * alone).all()
+    crowded = standing(first, np.concatenate([np.full((200, 3), 0.98), others], axis=1))
+    assert (crowded < 0.7 * alone).all()
+
+
+@pytest.mark.parametrize(("alike", "gains"), [(2.0, True), (0.0, False)])
+def test_a_lead_finds_copies_where_strangers_have_many_likes(alike, gains):
+    """A picture of a crowded kind scores high against all of that kind, above a weak copy of another.
+
+    The opposite: where no kinds are, the score alone does as well.
+    """
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((10, 200))
+
+    def pictures(n):
+        kind = np.arange(n) % 10
+        return rng.standard_normal((n, 200)) + alike * (kind % 2)[:, None] * centres[kind]
+
+    def weak(x):
+        return x + 3 * rng.standard_normal(x.shape)
+
+    gallery, strangers = pictures(300), pictures(300)
+    V = verdict_map(Pca(None).fit(PairData.from_gallery(pictures(900).astype(np.float32))).projection())
+
+    def parts(queries):
+        ranked = -np.sort(-(V.queries(queries) @ V.references(gallery).T), axis=1)
+        return ranked[:, 0], standing(ranked[:, 0], ranked[:, 1:])
+
+    here, away = parts(weak(gallery)), {"clean": parts(strangers), "weak": parts(weak(strangers))}
+    score, stands = (
+        (Calibration({kind: found[i] for kind, found in away.items()}).p(here[i]) <= 0.1).mean()
+        for i in (0, 1)
+    )
+    # 300 each: a share is known to some 3 %.
+    assert stands > score + 0.3 if gains else abs(stands - score) < 0.1
 
 
 def test_calibrating_on_the_fitted_rows_breaks_the_verdict():
