@@ -50,6 +50,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.closed_forms
 	$(BIN)/python -m benchmarks.cosface
 	$(BIN)/python -m benchmarks.analytic
+	$(BIN)/python -m benchmarks.matching
 
 prove: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.faults

@@ -16,7 +16,6 @@ from cli.collection import Collection
 from cli.indexing import own_index, usable_index
 from cli.own_map import own_projection
 from cli.solving import check_writable, load_projection
-from cli.streams import ahead
 from cli.verdicts import Judge, judge_for
 from latentstore import heat, results, search
 from latentstore.errors import UsageError
@@ -27,8 +26,6 @@ from solvers.explain import contributions, grid
 from solvers.projection import Projection
 from solvers.verdict import CANDIDATES
 
-BLOCK = 8192
-"""Gallery rows that are projected at a time where no index keeps them."""
 Block = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 Phases = Callable[[str, str], tuple[OnStart, OnRows]]
 """Told what begins, and of what; returns what is told how much there is to do, and what counts it."""
@@ -201,7 +198,8 @@ def _search(queries: list[Path], store: Path, options: MatchOptions, phases: Pha
         return replace(held, scores=scores, rows=rows, how="an approximate index")
     on_start, on_rows = phases("search", "rows")
     on_start(len(collection.gallery), len(collection.gallery))
-    scan = search.Search(projected, k, backend=options.backend, device=options.device)
+    largest = None if index is None else index.body["largest"]
+    scan = search.Search(projected, k, backend=options.backend, device=options.device, largest=largest)
     for rows, block in _blocks(held):
         scan.add(rows, block)
         on_rows(len(rows), 0)
@@ -217,10 +215,10 @@ def _blocks(found: _Searched) -> Iterator[Block]:
     if found.index is not None:
         yield from found.index.blocks()
         return
-    gallery, collection = found.collection.gallery, found.collection
-    spans = [gallery[at : at + BLOCK] for at in range(0, len(gallery), BLOCK)]
-    for span, latents in zip(spans, ahead(collection.read, spans), strict=True):
-        yield span, np.asarray(found.W.references(latents), np.float32)
+    gallery, at = found.collection.gallery, 0
+    for block in found.collection.reference_blocks(found.W, gallery):
+        yield gallery[at : at + len(block)], block
+        at += len(block)
 
 
 def _hidden(collection: Collection, top: int) -> int:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from latentstore.errors import CorruptStoreError, StoreFormatError, UsageError
 from latentstore.files import PARTIAL, check_room, write_atomic, write_errors
 from latentstore.index import BLOCK, SCHEMA, Index, Rows, Vectors, read_body, sizes_of, sums_of
+from latentstore.reader import Reader
 from latentstore.schema import OK, canonical_json
 from latentstore.shards import Record, status_file
 from latentstore.store import LatentStore
@@ -253,6 +254,8 @@ def _projected(
 ) -> Vectors:
     if not len(rows):
         return np.empty((0, 0), np.float32)
+    # A reader of its own: one that was used before may still read what the shard was then.
+    reader = Reader(store.root, store.layout, store.array)
     status = np.fromfile(status_file(store.root, shard, store.array), np.uint8)
     if (status[rows - store.layout.span(shard).start] != OK).any():
         raise _changed(store)
@@ -260,7 +263,7 @@ def _projected(
     block = np.zeros((PIECE, store.layout.dim), store.layout.dtype)
     for at in range(0, len(rows), PIECE):
         n = len(rows[at : at + PIECE])
-        store.reader.gather(rows[at : at + PIECE], block[:n])
+        reader.gather(rows[at : at + PIECE], block[:n])
         block[n:] = 0
         out.append(np.asarray(project(block), np.float32)[:n])
         if on_rows is not None:
@@ -369,14 +372,10 @@ def settled(folder: Path) -> dict[str, Any] | None:
         return None
     index = Index.open(folder)
     empty = np.flatnonzero(index.rows < 0)
-    left_over = [p for at in range(0, len(empty), BLOCK) for p in _not_zero(index, empty[at : at + BLOCK])]
-    _zero(folder, width, np.array(left_over, np.int64))
+    for at in range(0, len(empty), BLOCK):
+        part = empty[at : at + BLOCK]
+        _zero(folder, width, part[index.references[part].any(axis=1)])
     return body
-
-
-def _not_zero(index: Index, positions: Rows) -> list[int]:
-    found: list[int] = positions[index.references[positions].any(axis=1)].tolist()
-    return found
 
 
 def _drop_unnamed(folder: Path, body: Mapping[str, Any]) -> None:

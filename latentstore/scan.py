@@ -120,12 +120,13 @@ def exact_scores(queries: Any, block: Any, i: Any, j: Any) -> Any:
     out = []
     for at in range(0, len(i), step):
         x = xp.astype(queries[i[at : at + step]], xp.float64)
-        x *= xp.astype(block[j[at : at + step]], xp.float64)
+        x *= block[j[at : at + step]]
         while x.shape[1] > 1:
             half = x.shape[1] // 2
             odd = x[:, 2 * half :]
             x = x[:, :half] + x[:, half : 2 * half]
-            x[:, : odd.shape[1]] += odd
+            if odd.shape[1]:
+                x[:, :1] += odd
         out.append(x[:, 0])
     return xp.concat(out)
 
