@@ -143,8 +143,8 @@ def caveats(
 def left_out_copies(n: int) -> str:
     """Say that so many queries were left out because their origin, or nearly it, was fitted on."""
     return (
-        f"{_queries(n, 'held-out')} left out: a copy or near-duplicate of their origin stands in a split "
-        "that was fitted or chosen on."
+        f"{_queries(n, 'held-out')} left out: a copy or near-duplicate of {'its' if n == 1 else 'their'} "
+        "origin stands in a split that was fitted or chosen on."
     )
 
 

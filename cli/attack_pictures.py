@@ -14,6 +14,7 @@ import numpy as np
 from cli.attack_tables import Step
 from cli.collection import Collection, Rows
 from cli.ranked import Asked
+from cli.render import counted
 from latentstore.attacks import FAMILIES, USUAL, Attack
 from latentstore.errors import ImageError, UsageError
 from latentstore.pictures import Pictures
@@ -127,6 +128,8 @@ def _numbers(word: str, values: str) -> list[float]:
 def choose(gallery: Collection, queries: Path | None, options: AttackOptions) -> Chosen:
     """Choose the test pictures to attack: translations and queries, or where there are none the originals.
 
+    The gallery's own originals alone stand in: a store that is named for its queries must hold some.
+
     Raises
     ------
     UsageError
@@ -140,16 +143,22 @@ def choose(gallery: Collection, queries: Path | None, options: AttackOptions) ->
             "by latentstore encode, with --queries or --store."
         )
     check_space(asking.store.space.id, gallery.store.space.id, what=f"--queries {path}")
-    found = asking.queries("test", "attacked")
+    found = asking.queries("test", "attacked", origins_elsewhere=queries is not None)
     originals = not len(found.rows)
+    if originals and queries is not None:
+        raise UsageError(
+            f"--queries {path} holds no query in its test split: pictures of role translation or query. Name "
+            "their role, their split and their origin's identity in a manifest when they are encoded, or "
+            "leave --queries out to attack the pictures of --store."
+        )
     if originals:
         found = replace(found, rows=asking.gallery[asking.split[asking.gallery] == "test"])
     asked = Asked.of(gallery, [found])
     if not len(asked):
         raise UsageError(
-            f"{path} has {len(found.rows)} pictures in its test split (one identity in ten, by hash), and "
-            f"of none can the origin be looked for in {gallery.store.path}. Encode more pictures, or name a "
-            "store of queries with --queries."
+            f"{path} has {counted(len(found.rows), 'picture')} in its test split (one identity in ten, by "
+            f"hash), and of none can the origin be looked for in {gallery.store.path}. Encode more pictures, "
+            "or name a store of queries with --queries."
         )
     drawn = np.sort(np.random.default_rng(options.seed).permutation(len(asked))[: options.limit])
     part = replace(asked.parts[0], rows=asked.parts[0].rows[drawn])

@@ -115,12 +115,13 @@ def tabulated(
     against = rivals(steps, learned, beside, photos)
     data = report.data
     lead = (
-        f"{data['test queries']:,} {data['attacked']} of {data['test photos']:,} photos, attacked in "
-        f"{len(steps) - 1} ways, were searched among {data['references ranked']:,} references."
+        f"{data['test queries']:,} {data['attacked']} of {counted(data['test photos'], 'photo')}, attacked "
+        f"in {counted(len(steps) - 1, 'way')}, were searched among "
+        f"{counted(data['references ranked'], 'reference')}."
     )
     full = replace(
         report,
-        summary=summary(made, against, lead),
+        summary=summary(made, against, lead, len(set(photos))),
         figures=figures(made, against, data["references ranked"]),
         curves=curves(made),
     )
@@ -284,10 +285,11 @@ def intensities(steps: Sequence[Step]) -> dict[str, list[float]]:
     return {family: sorted(values, reverse=not FAMILIES[family].rises) for family, values in out.items()}
 
 
-def summary(rows: Sequence[Row], rivals: Sequence[Rival], lead: str) -> list[str]:
+def summary(rows: Sequence[Row], rivals: Sequence[Rival], lead: str, n_photos: int) -> list[str]:
     """Return plain sentences: how each W fares in all, then what each kind costs it at its strongest."""
     methods = list(dict.fromkeys(r.subject for r in rows if r.role == "method"))
-    out = [lead, *(_in_all(name, rivals) for name in methods if any(r.subject == name for r in rivals))]
+    by = _told_by(n_photos)
+    out = [lead, *(_in_all(name, rivals, by) for name in methods if any(r.subject == name for r in rivals))]
     harmless = []
     for family, values in intensities([r.step for r in rows]).items():
         here = {r.subject: r for r in rows if (r.step.family, r.step.intensity) == (family, values[-1])}
@@ -298,19 +300,25 @@ def summary(rows: Sequence[Row], rivals: Sequence[Rival], lead: str) -> list[str
         beside = [r for r in rivals if r.step == step]
         costs = "; ".join(f"{name} {_cost(here[name])}" for name in methods)
         said = f"{FAMILIES[family].label}: {step.attack.name} costs, in points of mAP, {costs}"
-        out.append(f"{said}{_beside(here[beside[0].control], beside) if beside else ''}.")
+        out.append(f"{said}{_beside(here[beside[0].control], beside, by) if beside else ''}.")
     if harmless:
         out.append(f"Nothing at all is lost, by any map, under {', '.join(harmless)} (the strongest tried).")
     return out
 
 
-def _in_all(name: str, rivals: Sequence[Rival]) -> str:
+def _told_by(n_photos: int) -> str:
+    """Return what better and worse are told by; of few photographs an interval is too narrow."""
+    rough = n_photos < measure.ROUGH
+    return f"rough: {counted(n_photos, 'photograph')}" if rough else "by 95 % intervals"
+
+
+def _in_all(name: str, rivals: Sequence[Rival], by: str) -> str:
     own = [r for r in rivals if r.subject == name and r.step.intensity is not None]
     won = sum(r.interval is not None and r.interval[0] > 0 for r in own)
     lost = sum(r.interval is not None and r.interval[1] < 0 for r in own)
     return (
         f"Of {counted(len(own), 'attack')}, {name} found more than the best control under {won}, less under "
-        f"{lost}, and neither under {len(own) - won - lost} (by 95 % intervals)."
+        f"{lost}, and neither under {len(own) - won - lost} ({by})."
     )
 
 
@@ -323,7 +331,7 @@ def _cost(row: Row) -> str:
     return f"{text}, to {percent(row.map)} %"
 
 
-def _beside(control: Row, rivals: Sequence[Rival]) -> str:
+def _beside(control: Row, rivals: Sequence[Rival], by: str) -> str:
     """Return what the best control loses, and which W holds better or worse than it."""
     named = f"{control.subject}: {control.note}" if control.note else control.subject
     text = f"; the best control there ({named}) {_cost(control)}. "
@@ -334,7 +342,7 @@ def _beside(control: Row, rivals: Sequence[Rival]) -> str:
     level = [r.subject for r in rivals if r.subject not in (*better, *worse)]
     words = {"better than it": better, "worse than it": worse, "neither better nor worse": level}
     said = [f"{' and '.join(names)} held {how}" for how, names in words.items() if names]
-    return f"{text}{'; '.join(said)} (by 95 % intervals)"
+    return f"{text}{'; '.join(said)} ({by})"
 
 
 def points(value: float, sign: str = "") -> str:

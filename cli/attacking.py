@@ -19,6 +19,7 @@ from cli.attack_tables import Attacked, Rankings, Step
 from cli.collection import Collection, Rows
 from cli.own_map import own_projection
 from cli.ranked import HELD, Asked
+from cli.render import counted
 from latentstore import encoders, results
 from latentstore.attacks import FAMILIES, Attack
 from latentstore.errors import UsageError
@@ -87,7 +88,7 @@ def attack(
     unattacked = Step(tables.NOTHING, None, Attack(tables.UNATTACKED, lambda image, seed: image))
     steps = [unattacked, *parse_attacks(options.attacks)]
     gallery = Collection.open(store)
-    gallery.require_gallery()
+    measure.require_gallery(gallery)
     chosen = choose(gallery, queries, options)
     methods = _maps(gallery, projections)
     chosen.asked.check(gallery, methods)
@@ -137,7 +138,7 @@ def attack(
             "limit": options.limit,
         },
         reproduce=[command] if command else [],
-        caveats=_caveats(gallery, chosen, options, named, len(steps) - 1),
+        caveats=_caveats(gallery, chosen, options, named, len(steps) - 1, len(set(photos))),
         timings={"attack and encode": encoded - began, "rank": time.perf_counter() - encoded},
         **results.stamp(),
     )
@@ -250,6 +251,7 @@ def _caveats(
     options: AttackOptions,
     named: Sequence[tuple[str, str]],
     n_attacks: int,
+    n_photos: int,
 ) -> list[str]:
     out = []
     asked = chosen.asked
@@ -260,22 +262,27 @@ def _caveats(
             "itself."
         )
     if named:
-        out.append(f"{len(named)} pictures were left out: {listed(named)}.")
-    if chosen.n_test > options.limit:
+        out.append(f"{_pictures(len(named))} left out: {listed(named)}.")
+    if n_photos < measure.ROUGH:
         out.append(
-            f"{options.limit} of {chosen.n_test:,} test pictures were drawn, with seed {options.seed}."
+            f"The queries come from {counted(n_photos, 'photograph')}: intervals over so few are too narrow "
+            "to be trusted, and none of the differences is settled by them."
         )
+    if chosen.n_test > options.limit:
+        verb = "was" if options.limit == 1 else "were"
+        drawn = f"{options.limit:,} of {chosen.n_test:,} test pictures {verb} drawn"
+        out.append(f"{drawn}, with seed {options.seed}.")
     if asked.n_without_origin:
-        out.append(f"{asked.n_without_origin} test pictures were left out: no origin in the gallery.")
+        out.append(f"{_pictures(asked.n_without_origin, 'test ')} left out: no origin in the gallery.")
     if asked.n_copies:
         out.append(
-            f"{asked.n_copies} test pictures were left out: a copy or near-duplicate of their origin stands "
+            f"{_pictures(asked.n_copies, 'test ')} left out: a copy or near-duplicate of the origin stands "
             "in a split that was fitted or chosen on."
         )
     if len(gallery.gallery) < 2000:
         out.append(
-            f"The gallery has {len(gallery.gallery):,} images; origins are much easier to find among few "
-            "than among millions."
+            f"The gallery has {counted(len(gallery.gallery), 'image')}; origins are much easier to find "
+            "among few than among millions."
         )
     if gallery.near[1]:
         out.append(gallery.near[1])
@@ -285,8 +292,8 @@ def _caveats(
         "models; the other intensities and kinds are ours."
     )
     out.append(
-        f"Attacks are drawn once for each picture (seed {options.seed}). Of {n_attacks} intervals about one "
-        "in twenty misses zero by chance."
+        f"Attacks are drawn once for each picture (seed {options.seed}). About one interval in twenty misses "
+        f"zero by chance, and here {counted(n_attacks, 'attack has', 'attacks have')} one for each map."
     )
     out.append(
         "PCA-whitening and the analytic map read the gallery's covariance, without labels. PCA-whitened, "
@@ -294,3 +301,7 @@ def _caveats(
         "have."
     )
     return out
+
+
+def _pictures(n: int, what: str = "") -> str:
+    return counted(n, f"{what}picture was", f"{what}pictures were")

@@ -14,9 +14,10 @@ import numpy as np
 from cli import account, efficiency, failures, grouping, leakage, measure, settling, upper
 from cli.collection import Collection
 from cli.grouping import Slice
+from cli.measure import Group
 from cli.ranked import Asked, rankings
 from cli.settling import load_projection
-from latentstore import results
+from latentstore import results, search
 from latentstore.errors import UsageError
 from latentstore.report import write_html
 from latentstore.results import Curve, Figure, Match, Report, Role
@@ -115,7 +116,8 @@ def evaluate(
     Raises
     ------
     UsageError
-        Files that are not there or cannot be written; no query that can be found.
+        Files that are not there or cannot be written, a device that is not there, a store of queries named
+        twice; no query that can be found.
     LeakError
         A projection was fitted or chosen on identities that are asked.
     SpaceError, SpaceMismatchError
@@ -123,9 +125,11 @@ def evaluate(
     began = time.perf_counter()
     options = options or EvaluateOptions()
     settling.check_files(out=out, csv=table, html=html)
+    search.find_device(options.device)  # a device that is not there is told before the work
+    _refuse_twice(queries)
     maps, files = _loaded(projections)
     gallery = Collection.open(store)
-    gallery.require_gallery()
+    measure.require_gallery(gallery)
     parts = [gallery] if not queries else [Collection.open(path) for path in queries]
     for W in maps.values():
         W.check_space(gallery.store.space.id)
@@ -145,7 +149,8 @@ def evaluate(
     asked.check(gallery, maps)
 
     stores = list(dict.fromkeys([*parts, gallery]))
-    seen, differ = grouping.seen_by_any(maps, stores)
+    learned_from = grouping.seen_by_each(maps, stores)
+    seen, differ = grouping.seen_by_all(learned_from)
     cuts = grouping.slices(asked, seen)
     control_set = measure.fit_controls(gallery, max(W.rank for W in maps.values()))
     if on_start is not None:
@@ -155,7 +160,7 @@ def evaluate(
     _fill(made, ranked, cuts, list(maps), list(control_set), len(gallery.gallery))
     made.timings["rank and report"] = time.perf_counter() - began
     if options.upper:
-        _bound(made, gallery, stores, asked, maps, seen)
+        _bound(made, gallery, stores, asked, maps, learned_from)
     if options.efficiency:
         _costs(made, gallery, asked, maps, files, control_set, options.device)
     first = next(iter(maps))
@@ -164,9 +169,9 @@ def evaluate(
     made.figures += [check.figure for check in checks]
     report = Report(
         kind="evaluation",
-        title=f"{', '.join(maps)} on {cuts[0].group.name}",
+        title=_title(maps, cuts[0].group),
         summary=[m.verdict for m in made.measured if m.verdict],
-        data=_described(gallery, asked, cuts, seen),
+        data=_described(gallery, asked, cuts, learned_from if seen is None else seen),
         settings=_settings(maps, files, options, first),
         reproduce=[command] if command else [],
         figures=made.figures,
@@ -183,6 +188,20 @@ def evaluate(
     if html is not None:
         write_html(report, html)
     return Evaluated(report, checks, cuts, list(maps))
+
+
+def _refuse_twice(queries: Sequence[Path]) -> None:
+    """Refuse a store of queries that is named twice: each of its queries would count twice."""
+    real = [path.resolve() for path in queries]
+    twice = sorted({str(path) for path, own in zip(queries, real, strict=True) if real.count(own) > 1})
+    if twice:
+        raise UsageError(f"--queries names one store twice ({', '.join(twice)}): name each store once.")
+
+
+def _title(maps: Mapping[str, Projection], group: Group) -> str:
+    """Return what was measured on what; of a single model whether it was learned from."""
+    domain = group.axes.get("domain")
+    return f"{', '.join(maps)} on {group.name}{f' ({domain} model)' if domain else ''}"
 
 
 def _loaded(projections: Sequence[Path]) -> tuple[dict[str, Projection], dict[str, Path]]:
@@ -277,14 +296,13 @@ def _bound(
     stores: Sequence[Collection],
     asked: Asked,
     maps: Mapping[str, Projection],
-    seen: set[str] | None,
+    seen: Mapping[str, set[str]],
 ) -> None:
     began = time.perf_counter()
-    if seen is None:
+    if not seen:
         made.caveats.append("Upper bound: no projection here learned from pairs, so it has none.")
         return
-    unseen = sorted(set(asked.column("named_model").tolist()) - seen)
-    figures, said = upper.upper_bound(gallery, stores, asked, maps, unseen)
+    figures, said = upper.upper_bound(gallery, stores, asked, maps, seen)
     made.figures += figures
     made.caveats += said
     made.timings["upper bound"] = time.perf_counter() - began
@@ -308,9 +326,10 @@ def _costs(
 
 
 def _described(
-    gallery: Collection, asked: Asked, cuts: Sequence[Slice], seen: set[str] | None
+    gallery: Collection, asked: Asked, cuts: Sequence[Slice], seen: set[str] | Mapping[str, set[str]]
 ) -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return what the figures were measured on; seen models are of all maps, or of each where they differ."""
+    told = sorted(seen) if isinstance(seen, set) else {name: sorted(models) for name, models in seen.items()}
     largest = max(asked.parts, key=lambda p: len(p.rows))
     evaluation = measure.Evaluation(n_references=len(gallery.gallery))
     strengths = asked.column("strength")
@@ -321,7 +340,7 @@ def _described(
         "queries": cuts[0].group.name,
         "query stores": [str(p.collection.store.path) for p in asked.parts],
         "models": sorted(set(asked.column("named_model").tolist())),
-        **({} if seen is None else {"seen models": sorted(seen)}),
+        **({} if told == {} else {"seen models": told}),
         "strengths": np.unique(strengths[~np.isnan(strengths)]).tolist()[: grouping.STRENGTHS],
     }
 

@@ -62,19 +62,28 @@ def seen_models(W: Projection, stores: Sequence[Collection]) -> set[str] | None:
     return found
 
 
-def seen_by_any(
-    maps: Mapping[str, Projection], stores: Sequence[Collection]
-) -> tuple[set[str] | None, list[str]]:
-    """Return the models that any of the maps learned from, and what is to be said where they differ."""
+def seen_by_each(maps: Mapping[str, Projection], stores: Sequence[Collection]) -> dict[str, set[str]]:
+    """Return the models that each map learned from; maps that learn from no pairs are left out."""
     each = {name: seen_models(W, stores) for name, W in maps.items()}
-    learned = {name: models for name, models in each.items() if models is not None}
-    if not learned:
+    return {name: models for name, models in each.items() if models is not None}
+
+
+def seen_by_all(seen: Mapping[str, set[str]]) -> tuple[set[str] | None, list[str]]:
+    """Return the models that every map learned from alike, and what is to be said where they differ.
+
+    Where they differ (None) no query is of a seen or an unseen model: it would be so for some maps alone.
+    """
+    if not seen:
         return None, []
-    said = []
-    if len({frozenset(models) for models in learned.values()}) > 1:
-        listed = "; ".join(f"{n}: {', '.join(sorted(m)) or 'none'}" for n, m in learned.items())
-        said = [f"The projections learned from different models ({listed}); seen means by any of them."]
-    return set().union(*learned.values()), said
+    first, *others = seen.values()
+    if all(models == first for models in others):
+        return first, []
+    listed = "; ".join(f"{name}: {', '.join(sorted(models)) or 'none'}" for name, models in seen.items())
+    said = (
+        f"The projections learned from different models ({listed}), so no model is seen or unseen by all of "
+        "them, and figures are not grouped by that. Evaluate each alone to have such groups."
+    )
+    return None, [said]
 
 
 def slices(asked: Asked, seen: set[str] | None) -> list[Slice]:
@@ -84,7 +93,8 @@ def slices(asked: Asked, seen: set[str] | None) -> list[Slice]:
     ----------
     asked : Asked
     seen : set of str or None
-        Models that were learned from; None where nothing was, so that no model is seen or unseen.
+        Models that were learned from; None where nothing was, or not the same by all maps, so that no model
+        is seen or unseen.
     """
     models, strengths = asked.column("named_model"), asked.column("strength")
     if len(np.unique(strengths[~np.isnan(strengths)])) > STRENGTHS:

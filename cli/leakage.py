@@ -76,7 +76,7 @@ def look(gallery: Collection, asked: Asked, maps: Mapping[str, Projection]) -> l
         _splits(stores, "identity", "identities"),
         _splits(stores, "group", "photos"),
         _copies(asked),
-        *(_used(name, W) for name, W in maps.items()),
+        *(_used(name, W, stores) for name, W in maps.items()),
         *_same_files(gallery, asked),
         _near(gallery),
     ]
@@ -105,12 +105,22 @@ def _copies(asked: Asked) -> Check:
     return Check(name, 0, "No query's origin has a known copy in a split that was fitted or chosen on")
 
 
-def _used(subject: str, W: Projection) -> Check:
-    """Say what a map has seen; one that has seen a reported identity was refused."""
+def _used(subject: str, W: Projection, stores: Sequence[Collection]) -> Check:
+    """Say what a map has seen; one that has seen a reported identity was refused.
+
+    Identities are names: of another store's they may be names of other pictures, or other names of these.
+    """
     name, n = f"names that {subject} was fitted or chosen on", len(W.used_identities)
     known = W.method in METHODS
     if n:
         what = counted(n, "identity or photo", "identities and photos")
+        if W.data_hash and W.data_hash not in {store.data_hash for store in stores}:
+            source = f" ({W.provenance['store']})" if W.provenance.get("store") else ""
+            text = (
+                f"{subject} was fitted or chosen on {what}; by name none of them is asked, but they are of "
+                f"data that is not given here{source}, whose names need not be these"
+            )
+            return Check(name, n, text, True)
         return Check(name, n, f"{subject} was fitted or chosen on {what}; none of them is asked")
     if known and not METHODS[W.method].needs_pairs:
         return Check(name, 0, f"{subject} learned from no pairs, and nothing was chosen for it")

@@ -225,7 +225,9 @@ def chance(group: Group, n_references: int, n: int) -> list[Figure]:
     values = {"mAP": chance_map(n_references), "Acc": 1 / n_references}
     if group.full:
         values |= {f"recall@{k}": k / n_references for k in RECALLS if k < n_references}
-        values["µAP"] = chance_micro(n, n_references, top=TOP)
+        # As the figures beside it: of each stratum's own list of predictions, then the mean.
+        sizes = [n] if group.strata is None else np.unique(group.strata, return_counts=True)[1].tolist()
+        values["µAP"] = float(np.mean([chance_micro(size, n_references, top=TOP) for size in sizes]))
     return [
         Figure(name, value, "chance", "chance", group.name, "fraction", None, n, axes=group.axes)
         for name, value in values.items()
@@ -397,6 +399,21 @@ def residuals(collection: Collection, projection: Projection, random: Projection
             )
         )
     return out
+
+
+def require_gallery(gallery: Collection) -> None:
+    """Refuse to rank a single image, or none.
+
+    Raises
+    ------
+    UsageError
+    """
+    gallery.require_gallery()
+    if len(gallery.gallery) < 2:
+        raise UsageError(
+            f"{gallery.store.path} holds 1 image to search: every map finds it, whatever is asked. Encode "
+            "more originals into the store."
+        )
 
 
 def require_queries(queries: Queries, where: str) -> None:

@@ -55,7 +55,8 @@ def wrote(written: Written) -> str:
     if written.lost:
         from cli.attack_pictures import listed
 
-        lines.append(f"Note: {len(written.lost)} pictures were left out: {listed(written.lost)}.")
+        lost = counted(len(written.lost), "picture was", "pictures were")
+        lines.append(f"Note: {lost} left out: {listed(written.lost)}.")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _SHARES = ("mAP", "Acc", "recall@5", "recall@10", "recall@100", "µAP")
 _HEADS = {"mAP": "mAP, % [95 %]", "Acc": "Acc [95 %]"}
 _TITLES = {
-    "domain": "By whether W learned from the model; every model weighs the same",
+    "domain": "Models that W learned from or not, weighed alike",
     "model": "By model",
     "strength": "By strength",
 }
@@ -62,22 +63,35 @@ def _leaks(evaluated: Evaluated) -> list[str]:
 def _whole(evaluated: Evaluated, cut: Slice) -> str:
     """Return every measure of every subject on all queries."""
     here = [f for f in evaluated.report.figures if f.group == cut.group.name and f.role != "note"]
-    names = [n for n in (*_SHARES, "margin") if any(f.name == n for f in here)]
+    names = [n for n in _SHARES if any(f.name == n for f in here)]
     rows = []
     for subject in dict.fromkeys(f.subject for f in here):
         own = {f.name: f for f in here if f.subject == subject}
         rows.append([subject, *(_cell(own[n], span=n in _HEADS) if n in own else "" for n in names)])
     n = int(cut.chosen.sum())
     title = f"  {cut.group.name}: {counted(n, 'query', 'queries')} of {counted(cut.group.n_photos, 'photo')}"
-    return f"{title}; margin: median of the origin's score less the best other's\n" + folded(
-        ["", *(_HEADS.get(n, n) for n in names)], rows
-    )
+    held = folded(["", *(_HEADS.get(n, n) for n in names)], rows)
+    return "\n".join([title, held, *_margins(here)])
 
 
 def _cell(figure: Figure, *, span: bool) -> str:
-    if figure.unit != "fraction":
-        return f"{figure.value:.3g}"
     return percent(figure.value, figure.interval if span else None)
+
+
+def _margins(figures: Sequence[Figure]) -> list[str]:
+    """Return the medians on a line of their own: each map scores on a scale of its own."""
+    each = [f"{f.subject} {f.value:.3g}" for f in figures if f.name == "margin"]
+    if not each:
+        return []
+    text = (
+        "Margin, the origin's score less the best other's, median (each on its own map's scale: margins of "
+        f"different maps cannot be compared): {'; '.join(each)}"
+    )
+    return _wrapped(text)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 78, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _by(evaluated: Evaluated, cuts: Sequence[Slice], kind: str) -> str:
@@ -138,14 +152,27 @@ def _bound(evaluated: Evaluated) -> list[str]:
     """Return the upper bounds, each beside what W reached on the same queries."""
     here = [f for f in evaluated.report.figures if f.axes.get("domain") == "upper"]
     rows = []
-    for group, subject in dict.fromkeys((f.group, f.subject) for f in here):
-        own = {f.name: f for f in here if (f.group, f.subject) == (group, subject)}
-        label = str(own["mAP"].axes.get("model", "mean over models"))
-        rows.append([label, subject, *(percent(own[n].value, own[n].interval) for n in ("mAP", "Acc"))])
+    for subject in dict.fromkeys(f.subject for f in here):
+        found = {(f.axes.get("model"), f.name): f for f in here if f.subject == subject}
+        models = [str(model) for model, name in found if name == "mAP" and model is not None]
+        reached = {m: _own_map(evaluated, subject, m) for m in models}
+        for model in [*models, None] if len(models) > 1 else models:
+            cells = [percent(f.value, f.interval) for f in (found[model, "mAP"], found[model, "Acc"])]
+            own = sum(reached.values()) / len(reached) if model is None else reached[model]
+            rows.append([model or "mean over models", subject, *cells, percent(own)])
     if not rows:
         return []
-    head = ["model", "method", "mAP, % [95 %]", "Acc [95 %]"]
-    return ["", f"  {upper.GROUP[0].upper()}{upper.GROUP[1:]}", table(head, rows, left=2)]
+    head = ["model", "method", "mAP, % [95 %]", "Acc [95 %]", "W's own mAP"]
+    if len({row[1] for row in rows}) == 1:
+        head, *rows = ([line[0], *line[2:]] for line in (head, *rows))
+    return ["", f"  {upper.GROUP[0].upper()}{upper.GROUP[1:]}", folded(head, rows)]
+
+
+def _own_map(evaluated: Evaluated, subject: str, model: str) -> float:
+    """Return what W itself reached on the queries by one model."""
+    of_model = [cut for cut in evaluated.slices if cut.kind == "model" and cut.group.axes["model"] == model]
+    cut = (of_model or evaluated.slices)[0]  # of a single model the whole is its group
+    return _found(evaluated, cut)[subject, "mAP"].value
 
 
 def _costs(evaluated: Evaluated) -> list[str]:
@@ -153,8 +180,13 @@ def _costs(evaluated: Evaluated) -> list[str]:
     here = [f for f in evaluated.report.figures if f.group == EFFICIENCY]
     if not here:
         return []
-    rows = [[f.name, f.subject, f"{f.value:.3g} {f.unit}", f.note] for f in here]
-    return ["", "  Efficiency", table(["", "of", "median", ""], rows, left=4)]
+    rows = [[f.name, f.subject, f"{f.value:.3g} {f.unit}"] for f in here]
+    notes: dict[tuple[str, str], list[str]] = {}
+    for f in here:
+        notes.setdefault((f.name, f.note), []).append(f.subject)
+    told = [f"{name} ({'; '.join(of)}): {note}" for (name, note), of in notes.items()]
+    lines = [line for text in told for line in _wrapped(text)]
+    return ["", "  Efficiency", table(["", "of", "median"], rows, left=3), *lines]
 
 
 def _pictures(evaluated: Evaluated) -> str:

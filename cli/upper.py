@@ -37,9 +37,9 @@ def upper_bound(
     stores: Sequence[Collection],
     asked: Asked,
     maps: Mapping[str, Projection],
-    unseen: Sequence[str],
+    seen: Mapping[str, set[str]],
 ) -> tuple[list[Figure], list[str]]:
-    """Fit each map's method, with its knobs, on each unseen model's training pairs, and measure it there.
+    """Fit each map's method, with its knobs, on each model unseen by it, and measure the fit on that model.
 
     Parameters
     ----------
@@ -49,23 +49,29 @@ def upper_bound(
     asked : Asked
         The test queries.
     maps : mapping of name to Projection
-    unseen : sequence of str
-        Models that were not learned from.
+    seen : mapping of name to set of str
+        Models that each map learned from; without those that learn from no pairs.
 
     Returns
     -------
     figures, sentences
         The sentences say why there is no bound where there is none.
     """
-    if not unseen:
-        return [], ["Upper bound: every model that is asked was learned from: W is its own upper bound."]
+    models = sorted(set(asked.column("named_model").tolist()))
     figures: list[Figure] = []
     said: list[str] = []
+    over: dict[str, list[str]] = {}
     for name, W in maps.items():
         why = _not_fitted(name, W)
         if why:
             said.append(why)
             continue
+        unseen = [model for model in models if model not in seen[name]]
+        if not unseen:
+            said.append(
+                f"Upper bound of {name}: it learned from every model that is asked, so that W is its own "
+                "upper bound."
+            )
         made: dict[str, tuple[Any, Any]] = {}
         for model in unseen:
             pairs = _training_pairs(gallery, stores, model)
@@ -82,6 +88,11 @@ def upper_bound(
                 continue
             made[model] = _measured(gallery, asked, fitted, model)
         figures += _figures(name, made)
+        if made:
+            over[name] = list(made)
+    if len({tuple(of) for of in over.values()}) > 1:
+        listed = "; ".join(f"{name}: {', '.join(of)}" for name, of in over.items())
+        said.append(f"Upper bounds are means over different models ({listed}) and cannot be compared.")
     return figures, list(dict.fromkeys(said))
 
 

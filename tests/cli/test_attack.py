@@ -152,6 +152,34 @@ def test_originals_are_attacked_where_there_is_nothing_else(
     assert not any("are not translations" in caveat for caveat in run(pairs, own_map, "flip").report.caveats)
 
 
+def test_a_store_of_translations_alone_is_attacked_as_queries(
+    tmp_path: Path, pairs: Path, own_map: Path
+) -> None:
+    def alone(name: str, role: str, ending: str) -> Path:
+        listed = tmp_path / f"{name}.csv"
+        lines = [f"{i}{ending}.png,{i},{role},test" for i in SPLITS["test"]]
+        listed.write_text("\n".join(["path,identity,role,split", *lines]))
+        run_encode(pairs.parent, tmp_path / f"{name}.zarr", manifest=listed, image_size=32)
+        return tmp_path / f"{name}.zarr"
+
+    # JPEG draws nothing by chance: the same pictures give the same figures, in whichever rows they stand.
+    attacked = run(pairs, own_map, "jpeg=20", queries=alone("translations", "translation", "b"))
+    assert attacked.report.data["attacked"] == "translations and queries"
+    assert values(attacked) == values(run(pairs, own_map, "jpeg=20"))
+    with pytest.raises(UsageError, match=r"--queries .*originals.zarr holds no query"):
+        run(pairs, own_map, "jpeg=20", queries=alone("originals", "origin", ""))
+
+
+def test_intervals_over_few_photographs_settle_nothing(pairs: Path, own_map: Path) -> None:
+    few, enough = (run(pairs, own_map, "rotation=90", limit=n) for n in (measure.ROUGH - 1, measure.ROUGH))
+    assert "9 translations and queries of 9 photos, attacked in 1 way, were" in few.report.summary[0]
+    for said, rough in ((few.report, True), (enough.report, False)):
+        assert len(said.summary) == 3
+        assert all(("(rough: 9 photographs)" in line) == rough for line in said.summary[1:])
+        assert all(("(by 95 % intervals)" in line) != rough for line in said.summary[1:])
+        assert any("come from 9 photographs: intervals" in c for c in said.caveats) == rough
+
+
 def test_lost_pictures_are_counted_and_the_rest_is_measured(tmp_path: Path) -> None:
     store = pair_store(tmp_path, 0.62)
     collection = Collection.open(store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,26 @@ from cli_helpers import SPLITS, paragraph, picture
 from PIL import Image, ImageFilter
 from typer.testing import CliRunner
 
-from cli import evaluating, failures, grouping, leakage, measure, ranked
+from cli import (
+    efficiency,
+    evaluating,
+    failures,
+    grouping,
+    leakage,
+    measure,
+    ranked,
+    render_evaluate,
+)
 from cli.app import app
 from cli.collection import Collection
 from cli.evaluating import EvaluateOptions
 from cli.ranked import Asked
 from cli.workflows import run_encode
 from latentstore import results
+from latentstore.errors import UsageError
 from solvers.closed import PairData
 from solvers.generalised import GeneralisedNull
-from solvers.metrics import average_precision
+from solvers.metrics import average_precision, chance_micro
 from solvers.projection import Projection
 
 STRENGTHS = (0.5, 0.7)
@@ -153,6 +164,15 @@ def test_unseen_models_weigh_the_same_whatever_their_queries(evaluated: evaluati
     assert unseen.interval[0] < unseen.value < unseen.interval[1]
 
 
+def test_chance_of_a_domain_is_the_mean_over_its_models(evaluated: evaluating.Evaluated) -> None:
+    report = evaluated.report
+    models = [figure(report, "µAP", "chance", model=m, domain="unseen") for m in ("blurred", "other")]
+    mean = np.mean([f.value for f in models])
+    assert figure(report, "µAP", "chance", domain="unseen").value == pytest.approx(mean, rel=1e-12)
+    both = chance_micro(sum(f.n or 0 for f in models), 108, top=measure.TOP)
+    assert abs(mean - both) > 1e-4 * mean, "one list of both models is another number"
+
+
 def test_the_whole_is_what_solve_reports(world: Path) -> None:
     own = evaluating.evaluate(world / "gallery.zarr", [world / "W.safetensors"])
     solved = results.load(world / "W.results.json")
@@ -163,6 +183,7 @@ def test_the_whole_is_what_solve_reports(world: Path) -> None:
     assert [(f.name, f.subject, f.group, f.value, f.interval, f.n, f.note) for f in wanted] == [
         (f.name, f.subject, f.group, f.value, f.interval, f.n, f.note) for f in taken
     ]
+    assert own.report.title == "gnull on translations (seen model)"
     assert own.report.summary == [s for s in solved.summary if "best control" in s]
     # Its one model was learned from, so that it has a domain and no group of its own.
     assert {f.axes.get("domain") for f in taken} == {"seen"}
@@ -273,6 +294,58 @@ def test_the_upper_bound_is_a_fit_on_that_model_alone(world: Path, evaluated: ev
     assert mean.value == pytest.approx(np.mean(each), abs=1e-12)
 
 
+def test_maps_of_different_models_have_no_common_domain_and_each_its_own_bound(
+    world: Path, tmp_path: Path, evaluated: evaluating.Evaluated
+) -> None:
+    W = Projection.load(world / "W.safetensors")
+    every = {**W.provenance, "models": ["=seen", "blurred", "other"]}
+    replace(W, provenance=every).save(tmp_path / "all.safetensors")
+    replace(W, provenance={**every, "models": ["=seen", "other"]}).save(tmp_path / "two.safetensors")
+    both = evaluating.evaluate(
+        world / "gallery.zarr",
+        [world / "W.safetensors", tmp_path / "all.safetensors", tmp_path / "two.safetensors"],
+        EvaluateOptions(upper=True, pictures=0),
+        queries=[world / "gallery.zarr", world / "unseen.zarr"],
+    )
+    assert {f.axes.get("domain") for f in both.report.figures} == {None, "upper"}
+    assert both.report.data["seen models"] == {
+        "W": ["=seen"],
+        "all": every["models"],
+        "two": ["=seen", "other"],
+    }
+    said = "\n".join(both.report.caveats)
+    assert "learned from different models (W: =seen; all: =seen, blurred, other; two: =seen, other)" in said
+    assert "different models (W: blurred, other; two: blurred) and cannot be compared" in said
+    assert "Upper bound of all: it learned from every model" in said
+    bounds = {
+        (f.subject, f.axes.get("model")) for f in both.report.figures if f.axes.get("domain") == "upper"
+    }
+    assert bounds == {*(("W", m) for m in ("blurred", "other", None)), ("two", "blurred"), ("two", None)}
+    for model in ("blurred", "other"):
+        bound = figure(both.report, "mAP", "W", model=model, domain="upper")
+        assert bound.value == figure(evaluated.report, "mAP", "gnull", model=model, domain="upper").value
+
+
+def test_the_bound_stands_beside_what_the_map_reached(evaluated: evaluating.Evaluated) -> None:
+    def bound(shown: evaluating.Evaluated) -> dict[str, str]:
+        text = render_evaluate.said(shown)
+        lines = text[text.index("Upper bound") :].split("\n\n")[0].splitlines()[3:]
+        return {line.strip().split("  ")[0]: line.split()[-1] for line in lines}
+
+    report = evaluated.report
+    own = {
+        m: 100 * figure(report, "mAP", "gnull", model=m, domain="unseen").value for m in ("blurred", "other")
+    }
+    unseen = 100 * figure(report, "mAP", "gnull", domain="unseen").value
+    assert bound(evaluated) == {
+        **{model: f"{value:.1f}" for model, value in own.items()},
+        "mean over models": f"{unseen:.1f}",
+    }
+    less = [f for f in report.figures if f.axes != {"model": "other", "domain": "upper"}]
+    alone = bound(replace(evaluated, report=replace(report, figures=less)))
+    assert alone == {"blurred": f"{own['blurred']:.1f}"}, "a mean of one is no row"
+
+
 def test_where_there_is_no_upper_bound_a_sentence_says_why(world: Path, tmp_path: Path) -> None:
     gallery, W = world / "gallery.zarr", world / "W.safetensors"
     options = EvaluateOptions(upper=True, pictures=0)
@@ -367,6 +440,14 @@ def test_what_a_map_was_fitted_on_is_told_refused_or_said_to_be_unknown(world: P
     told = next(c for c in known.values() if "fitted or chosen on" in c.name)
     assert (told.count, told.finding) == (len(W.used_identities), False)
     strange = Projection(W.query_map, W.query_map, method="torch weight")
+    elsewhere = replace(W, data_hash="0" * 64, provenance={**W.provenance, "store": "far.zarr"})
+    far = next(
+        c
+        for c in checks(world / "gallery.zarr", other, W=elsewhere).values()
+        if "fitted or chosen on" in c.name
+    )
+    assert far.finding
+    assert "by name none of them is asked, but they are of data that is not given here (far.zarr)" in far.said
     unknown = next(
         c
         for c in checks(world / "gallery.zarr", other, W=strange).values()
@@ -432,6 +513,73 @@ def test_efficiency_is_timed_and_what_is_not_known_is_said(world: Path, tmp_path
     assert any("this machine" in c for c in report.caveats)
 
 
+def test_times_are_medians_of_warm_runs_by_item(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scripted clock: a first run of 100 s is never counted, and then 1, 9 and 2 s are a median of 2 s."""
+    now, script = [0.0], list[float]()
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(efficiency, "SECONDS", 10.0)
+
+    def run(*args: Any, **more: Any) -> None:
+        now[0] += script.pop(0)
+
+    for repeat in range(2):
+        script[:] = [100.0, 1.0, 9.0, 2.0]
+        assert efficiency._median(run) == (2.0, 3), repeat
+        assert script == []
+    script[:] = [100.0, 1.0, 1.0, 1.0, 2.0, 3.0, 7.0]
+    assert efficiency._median(run) == (1.0, efficiency.REPEATS)
+    assert script == [7.0], "one run before those that count, and no more than are wanted"
+
+    gallery = Collection.open(world / "gallery.zarr")
+    asked = Asked.of(gallery, [gallery.queries("test")])
+    raw = measure.fit_controls(gallery, 8)["raw"]
+    monkeypatch.setattr(efficiency.search, "top_k", run)
+    script[:] = [100.0, 1.0, 9.0, 2.0]
+    seconds, note = efficiency._matching(gallery, asked, raw, "cpu")
+    pairs = len(asked) * len(gallery.gallery)
+    assert seconds == pytest.approx(2.0 / pairs, rel=1e-15)
+    assert f"{len(asked)} queries × {len(gallery.gallery)} references" in note
+
+    encoder = efficiency.encoders.load_for(gallery.store.space, gallery.store.provenance["encoder"])
+    monkeypatch.setattr(efficiency.encoders, "load_for", lambda *args, **more: encoder)
+    monkeypatch.setattr(encoder, "encode", run, raising=False)
+    # Reading costs nothing by this clock: decoding is timed apart from extraction.
+    script[:] = [100.0, 1.0, 9.0, 2.0]
+    found = {name: seconds for name, seconds, *_ in efficiency._extraction(gallery, "cpu", [])}
+    assert found == {"decoding": 0.0, "extraction": pytest.approx(2.0 / encoder.batch, rel=1e-15)}
+
+
+def test_costs_and_margins_fit_eighty_columns(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    options = EvaluateOptions(efficiency=True, pictures=0)
+    done = evaluating.evaluate(world / "gallery.zarr", [world / "W.safetensors"], options)
+    text = render_evaluate.said(done)
+    head = text[: text.index(done.report.summary[0])].splitlines()
+    after = head.index("") + 2 + len(done.checks)  # what was looked at is told in sentences
+    assert max(map(len, head[after:])) <= 80
+    assert "cannot be compared): gnull " in " ".join(text.split())
+    assert "matching (gnull): exact search" in " ".join(text.split())
+
+
+def test_a_device_that_is_not_there_is_told_first(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(device: str) -> str:
+        raise UsageError(f"no {device}")
+
+    monkeypatch.setattr(evaluating.search, "find_device", none)
+    with pytest.raises(UsageError, match="no cuda"):
+        evaluating.evaluate(world / "no.zarr", [world / "no.safetensors"], EvaluateOptions(device="cuda"))
+
+
+def test_one_image_is_no_gallery(world: Path, tmp_path: Path) -> None:
+    i = SPLITS["test"][0]
+    folder = shutil.copytree(world, tmp_path / "w", ignore=shutil.ignore_patterns("*.zarr"))
+    rows = [(f"{i}.png", i, "p", "origin", "test", "", "", "")]
+    lone = encoded(folder, "lone", [*rows, (f"{i}-other-0.5.png", i, "p", "query", "test", "", "", "")])
+    for name in ("evaluate", "attack"):
+        told = paragraph(invoke(name, "--projection", world / "W.safetensors", "--store", lone, code=2))
+        assert "holds 1 image to search" in told
+
+
 def test_the_command_writes_what_it_says(world: Path, tmp_path: Path) -> None:
     out, table, page = (tmp_path / f"r.{kind}" for kind in ("json", "csv", "html"))
     text = invoke(
@@ -472,6 +620,7 @@ def test_the_command_writes_what_it_says(world: Path, tmp_path: Path) -> None:
         (["--html", "."], 2, ["--html", "folder"]),
         (["--projection", "W.safetensors", "--projection", "W.safetensors"], 2, ["W", "once"]),
         (["--store", "unseen.zarr"], 2, ["no valid origin"]),
+        (["--queries", "unseen.zarr", "--queries", "../{}/unseen.zarr"], 2, ["--queries", "twice"]),
     ],
 )
 def test_bad_input_is_told_in_one_paragraph(
@@ -480,7 +629,7 @@ def test_bad_input_is_told_in_one_paragraph(
     monkeypatch.chdir(world)
     defaults = {"--projection": "W.safetensors", "--store": "gallery.zarr"}
     rest = [w for k, v in defaults.items() if k not in words for w in (k, v)]
-    told = paragraph(invoke("evaluate", *words, *rest, code=code))
+    told = paragraph(invoke("evaluate", *(w.format(world.name) for w in words), *rest, code=code))
     for part in parts:
         assert part in told
 
