@@ -25,7 +25,7 @@ def encode(
     store: Store = STORE,
     encoder: Annotated[
         str | None,
-        typer.Option(help="patch, a local diffusers folder, or a hub name.", show_default="patch"),
+        typer.Option(help="patch, tiny, a local diffusers folder, or a hub name.", show_default="patch"),
     ] = None,
     manifest: Annotated[
         Path | None,

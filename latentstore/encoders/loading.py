@@ -15,6 +15,8 @@ from latentstore.schema import Posterior, Space
 
 BUILT_IN = ("patch",)
 DEFAULT = "patch"
+SHIPPED = {"tiny": Path(__file__).resolve().parent.parent / "data" / "tiny"}
+"""Networks that come with the package, by name."""
 
 
 def load_encoder(
@@ -47,14 +49,14 @@ def load_encoder(
                 "name a network with --encoder."
             )
         return PatchEncoder(image_size, batch)
-    if not (Path(name).exists() or _looks_like_hub_name(name)):
+    if name not in SHIPPED and not (Path(name).exists() or _looks_like_hub_name(name)):
         raise EncoderError(
-            f"There is no encoder {name!r}: it is not built in ({', '.join(BUILT_IN)}), no folder of that "
-            f"name is in {Path.cwd()}, and it is no hub name (OWNER/NAME, for example "
+            f"There is no encoder {name!r}: it is not built in ({', '.join((*BUILT_IN, *SHIPPED))}), no folder "
+            f"of that name is in {Path.cwd()}, and it is no hub name (OWNER/NAME, for example "
             "stabilityai/stable-diffusion-2)."
         )
-    return DiffusersEncoder(
-        name,
+    encoder = DiffusersEncoder(
+        str(SHIPPED.get(name, name)),
         image_size=image_size,
         posterior=posterior,
         seed=seed,
@@ -64,6 +66,9 @@ def load_encoder(
         compiled=compiled,
         batch=batch,
     )
+    if name in SHIPPED:
+        encoder.facts["name"] = name  # a store does not depend on where the package lies
+    return encoder
 
 
 def recorded_settings(facts: Mapping[str, Any], device: str = "auto") -> dict[str, Any]:
