@@ -50,8 +50,9 @@ def load_encoder(
             )
         return PatchEncoder(image_size, batch)
     if name not in SHIPPED and not (Path(name).exists() or _looks_like_hub_name(name)):
+        known = ", ".join((*BUILT_IN, *SHIPPED))
         raise EncoderError(
-            f"There is no encoder {name!r}: it is not built in ({', '.join((*BUILT_IN, *SHIPPED))}), no folder "
+            f"There is no encoder {name!r}: it is not built in ({known}), no folder "
             f"of that name is in {Path.cwd()}, and it is no hub name (OWNER/NAME, for example "
             "stabilityai/stable-diffusion-2)."
         )
