@@ -146,7 +146,7 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
             "image size": options.image_size,
             "simulated translations": f"{PER_ORIGIN} an origin, {DIFFUSION.name}",
             "attacks": ", ".join(a.name for a in ATTACKS),
-            "method chosen on validation": best,
+            results.CHOSEN: best,
         },
         reproduce=[command or "latentstore demo", *_commands(out, rank)],
         figures=figures,

@@ -74,6 +74,11 @@ Options = Sequence[tuple[str, Path | None]]
 
 
 def _check(given: Sequence[Path], files: Options, folders: Options) -> None:
+    named = [(option, path.resolve()) for option, path in files if path is not None]
+    if len({path for _, path in named}) < len(named):
+        raise UsageError(
+            f"{' and '.join(option for option, _ in named)} are both {named[0][1]}. Name two files."
+        )
     for option, path in files:
         if path is None:
             continue
@@ -103,7 +108,7 @@ def said(written: Written) -> str:
     if written.pictures_left_out:
         n = written.pictures_left_out
         were = "picture was" if n == 1 else "pictures were"
-        lines.append(f"{n} {were} left out to keep the page below 5 MB; the results have them.")
+        lines.append(f"{n:,} {were} left out to keep the page below 5 MB; the results have them.")
     if written.page_bytes > PAGE_BYTES:
-        lines.append("Without any picture the page is still above 5 MB: fewer results make a smaller one.")
+        lines.append("Its tables and words alone are above 5 MB: fewer results make a smaller page.")
     return "\n".join(lines)

@@ -152,6 +152,7 @@ def sweep(
             "refit": refit,
             "chosen rank": best,
             "chosen on": "validation",
+            **({} if best is None else {results.CHOSEN: _name(method, best)}),
             "knobs": {str(k): dict(p.knobs) for k, p in kept.items()},
         },
         reproduce=[command] if command else [],

@@ -11,7 +11,10 @@ from PIL import Image
 
 SIDE = 160
 """Pixels of the longer side."""
-NOTE = "Orange places speak for this origin, blue ones against it; places without colour say little."
+NOTE = (
+    "Orange places speak for this origin, blue ones against it; places without colour say little. Colours "
+    "are relative to the first candidate's; a picture without an origin here has them, too."
+)
 """What a heat map shows, for who sees one."""
 _FOR, _AGAINST = (230, 97, 0), (0, 114, 178)
 """Orange and blue of nearly one lightness (CIE L* 58 and 46): told apart in every common colour blindness
@@ -24,17 +27,32 @@ _ROBUST = 98.0
 _COLOURS = 64
 
 
-def overlay(grid: npt.NDArray[np.floating], picture: Image.Image | None = None, side: int = SIDE) -> str:
+def strength(grid: npt.NDArray[np.floating]) -> float:
+    """Return the contribution that is drawn at full strength: the robust maximum of ``|grid|``."""
+    size = np.abs(np.nan_to_num(np.asarray(grid, np.float64)))
+    return float(np.percentile(size, _ROBUST)) or float(size.max())
+
+
+def overlay(
+    grid: npt.NDArray[np.floating],
+    picture: Image.Image | None = None,
+    side: int = SIDE,
+    *,
+    scale: float | None = None,
+) -> str:
     """Draw a heat map over its picture.
 
     Parameters
     ----------
     grid : (H, W) array
-        What each place contributes, in any unit: colour is relative to the map's own largest values.
+        What each place contributes, in any unit.
     picture : PIL.Image.Image, optional
         The whole picture that the grid lies over, in its own proportions; without one, even grey.
     side : int
         Pixels of the longer side.
+    scale : float, optional
+        The contribution to draw at full strength: the :func:`strength` of a map that this one is to compare
+        with. The map's own without one.
 
     Returns
     -------
@@ -44,7 +62,7 @@ def overlay(grid: npt.NDArray[np.floating], picture: Image.Image | None = None, 
 
     Notes
     -----
-    Opacity is the share of the robust maximum, bent so that small values stay visible and zero does not.
+    Opacity is the share of the scale, bent so that small values stay visible and zero does not.
     """
     values = np.nan_to_num(np.asarray(grid, np.float64))
     back = _backdrop(values.shape, picture, side)
@@ -52,9 +70,9 @@ def overlay(grid: npt.NDArray[np.floating], picture: Image.Image | None = None, 
     smooth = np.asarray(
         Image.fromarray(values.astype(np.float32)).resize(back.size, Image.Resampling.BICUBIC), np.float64
     )
-    peak = float(np.percentile(np.abs(values), _ROBUST)) or float(np.abs(values).max())
-    strength = np.minimum(np.abs(smooth) / peak, 1.0) ** _BEND if peak > 0 else np.zeros_like(smooth)
-    alpha = (_OPAQUE * strength)[:, :, None]
+    peak = scale or strength(values)
+    share = np.minimum(np.abs(smooth) / peak, 1.0) ** _BEND if peak > 0 else np.zeros_like(smooth)
+    alpha = (_OPAQUE * share)[:, :, None]
     colour = np.where(smooth[:, :, None] >= 0, _FOR, _AGAINST)
     grey = np.asarray(back, np.float64)[:, :, None]
     return _png(np.rint(alpha * colour + (1 - alpha) * grey).astype(np.uint8))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,6 +23,10 @@ from latentstore.errors import ResultsError
 
 SCHEMA = "latentstore.results/1"
 _INTERVALS = ("false_alarm_interval", "detection_interval")
+_DEEPEST = 64
+"""Levels of objects and lists in a file: far more than a report has, far fewer than Python can recurse."""
+CHOSEN = "method chosen on validation"
+"""The setting that names the subject to headline, where one was chosen before the test queries were seen."""
 
 Kind = Literal[
     "evaluation",
@@ -205,7 +210,8 @@ class Report:
             ) from exc
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text + "\n", encoding="utf-8")
+            # A file's name may hold what UTF-8 cannot: \udcff is JSON's own escape of it, too.
+            partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -261,10 +267,45 @@ def load(path: Path) -> Report:
         The file is not JSON, or not of schema ``latentstore.results/1``.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise ResultsError(f"{path} is not a readable results file ({exc}).") from exc
     return from_dict(raw)
+
+
+def parsed(text: str) -> Any:
+    """Return what JSON text holds, every number of it finite as a float and nothing nested without end.
+
+    Raises
+    ------
+    ValueError
+        The text is not JSON, or holds what :meth:`Report.write` never writes.
+    """
+    deep = f"it nests deeper than {_DEEPEST} levels"
+    try:
+        root = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+    except RecursionError as exc:
+        raise ValueError(deep) from exc
+    level = [root]
+    for _ in range(_DEEPEST):
+        held = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [item for items in held for item in items]
+    if level:
+        raise ValueError(deep)
+    return root
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {word}, which is not a finite number")
+    return value
+
+
+def _whole(word: str) -> int:
+    if not math.isfinite(float(word)):
+        raise ValueError(f"it holds {word[:20]}…, a number too large for any figure")
+    return int(word)
 
 
 def from_dict(raw: Mapping[str, Any]) -> Report:

@@ -384,6 +384,16 @@ def test_a_method_without_controls_is_called_out(report: Report) -> None:
     assert "No control was measured on these queries" in Page(render(alone)).text
 
 
+def test_the_method_that_was_chosen_is_headlined_though_another_is_higher(report: Report) -> None:
+    free = Page(render(report)).text
+    assert "mAP of analytic, the highest of 4 methods by these very queries" in free
+    assert VALUES[0][1] < VALUES[0][2]  # gnull is not the highest
+    chosen = dataclasses.replace(report, settings={"method chosen on validation": "gnull"})
+    told = Page(render(chosen)).text
+    assert "mAP of gnull, chosen on validation among 4 methods" in told
+    assert "the highest of" not in told
+
+
 def test_same_report_same_page(report: Report, html: str) -> None:
     assert render(report) == html
 
@@ -481,6 +491,7 @@ def test_numbers_read_as_people_write_them(figure: Figure, shown: str, interval:
 
 def test_colours_are_legible_in_both_modes() -> None:
     css = (Path(page.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    assert "object-fit: contain" in css  # a wide picture and its heat map are seen to their ends
     modes = [dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})", block)) for block in css.split("@media")[:2]]
     for mode in modes:
         for ground in ("page", "ground", "soft"):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from latentstore.report import plots, text
 from latentstore.report.grids import is_laid_out
 from latentstore.report.tables import BETTER_HIGH
-from latentstore.results import Figure, Report
+from latentstore.results import CHOSEN, Figure, Report
 
-CHOSEN = "method chosen on validation"
-"""The setting that names the method to headline; without it the highest is, and says so."""
 _CARDS = 4
 _WITHOUT = ("compare", "theory")
 """Kinds whose figures say nothing without what stands beside them: a table, never a headline."""
@@ -50,7 +49,7 @@ def headlines(report: Report, name: str, groups: Sequence[str]) -> list[Card]:
         return []
     if groups:
         made = (_card(report, name, group) for group in _leading(report, name, groups))
-        return [card for card in made if card is not None][:_CARDS]
+        return list(islice(filter(None, made), _CARDS))
     figures = [f for f in report.figures if f.role == "method"][:_CARDS]
     return [
         Card(f.name, text.value(f), text.interval(f), [x for x in (f.subject, f.group) if x]) for f in figures
@@ -59,13 +58,14 @@ def headlines(report: Report, name: str, groups: Sequence[str]) -> list[Card]:
 
 def _leading(report: Report, name: str, groups: Sequence[str]) -> list[str]:
     """Return the groups to headline: those over all models and strengths; of attacks, the hardest."""
-    apart = {g: report.find(name, group=g)[0] for g in groups}
+    by_group = plots.grouped(f for f in report.figures if f.name == name)
+    apart = {g: by_group[g][0] for g in groups}
     groups = [g for g in groups if apart[g].axes.get("domain") != "upper"]
     whole = [g for g in groups if not is_laid_out(apart[g])]
     if whole:
         return whole
     last = {apart[g].axes.get("attack", g): g for g in groups if "intensity" in apart[g].axes}
-    hardest = sorted(last.values(), key=lambda g: max(f.value for f in report.find(name, group=g)))[:_CARDS]
+    hardest = sorted(last.values(), key=lambda g: max(f.value for f in by_group[g]))[:_CARDS]
     return [g for g in groups if g in (hardest or groups)]
 
 
@@ -80,7 +80,7 @@ def _card(report: Report, name: str, group: str) -> Card | None:
     if chosen and len(methods) > 1:
         whose += f", chosen on validation among {len(methods)} methods"
     elif len(methods) > 1:
-        whose += f", the highest of {len(methods)} methods"
+        whose += f", the highest of {len(methods)} methods by these very queries"
     lines = [whose, *_beside(report, top, [f for f in figures if f.role == "control"])]
     chance = [text.value(f) for f in figures if f.role == "chance"]
     tail = [f"chance {chance[0]}"] if chance else []
@@ -109,7 +109,7 @@ def _beside(report: Report, top: Figure, controls: Sequence[Figure]) -> list[str
     gains = [
         f
         for f in report.figures
-        if text.is_difference(f) and (f.subject, f.group) == (top.subject, top.group) and f.role != "note"
+        if (f.subject, f.group) == (top.subject, top.group) and f.role != "note" and text.is_difference(f)
     ]
     for gain in sorted(gains, key=lambda f: "control" not in f.name)[:1]:
         whole = text.interval(gain).replace(" ", "\u00a0")  # not broken over two lines

@@ -52,10 +52,14 @@ class Plot:
 
 def plots_of(report: Report) -> list[Plot]:
     """Return the report's plots: its curves, then those that its figures' axes give."""
-    curves = [*report.curves, *_by_strength(report), *_by_intensity(report)]
+    curves = [*map(_angles, report.curves), *_by_strength(report), *_by_intensity(report)]
     names = dict.fromkeys(c.plot for c in curves)
     made = [_plot(name, [c for c in curves if c.plot == name], report) for name in names]
     return [p for family in families(made) for p in _multiples(family)]
+
+
+def _angles(curve: Curve) -> Curve:
+    return replace(curve, y=[text.angle(y) for y in curve.y]) if curve.y_label == "degrees" else curve
 
 
 def families(made: Sequence[Plot]) -> list[list[Plot]]:
@@ -294,8 +298,12 @@ def _scales(
         low, high = min(values), max(values)
         if log:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-            wide = high / low > 30
-            axis.set_major_locator(ticker.LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=7))
+            subs = (1.0,) if high / low > 30 else (1.0, 2.0, 5.0)
+            # Within a decade hardly one of these would fall between the ends.
+            narrow = high / low < 10
+            axis.set_major_locator(
+                ticker.MaxNLocator(5) if narrow else ticker.LogLocator(subs=subs, numticks=7)
+            )
             axis.set_minor_locator(ticker.NullLocator())
         else:
             axis.set_major_locator(ticker.MaxNLocator(5))

@@ -23,6 +23,8 @@ CURVE_COLUMNS = (*("plot", "label", "role", "x", "y", "low", "high", "x_label", 
 PNG_WIDTH = 560.0
 _FORMULA = tuple("=+-@＝＋－＠\t\r\n")
 """How a formula may begin; spreadsheets take the wide forms, too."""
+_SPLIT = re.compile(r"(?<=[;,|\t\n])([ \u00a0]*)(?=[=+\-@＝＋－＠])")
+"""Where one may begin when a spreadsheet splits the file at another separator than its commas."""
 
 
 def figure_rows(report: Report) -> Iterator[list[Any]]:
@@ -49,11 +51,12 @@ def defused(cell: object) -> object:
     """Return a cell that no spreadsheet runs as a formula; a number stays what it is.
 
     Text that begins with ``=``, ``+``, ``-``, ``@`` or white space of a kind gets an apostrophe before it, as
-    OWASP's page on CSV injection advises. What would not print is spelled out as on the page.
+    OWASP's page on CSV injection advises, and so does what begins like it behind a separator inside the text.
+    What would not print is spelled out as on the page.
     """
     if not isinstance(cell, str):
         return cell
-    cleaned = text.clean(cell)
+    cleaned = _SPLIT.sub(r"\1'", text.clean(cell))
     risky = cell.lstrip(" \u00a0").startswith(_FORMULA)
     return f"'{cleaned}" if risky else cleaned
 

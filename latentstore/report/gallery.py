@@ -5,20 +5,24 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from latentstore.heat import NOTE
 from latentstore.report import text
 from latentstore.results import Candidate, Match, Verdict
 
 PICTURE_BYTES = 3_500_000  # of thumbnails in one page; what is over it becomes a placeholder
+PLOT_BYTES = 3_500_000
 CANDIDATES = 10
 NEAR = 5
 HEAT = f"The coloured picture shows where in the query the agreement with a candidate sits. {NOTE}"
 _PNG = "data:image/png;base64,"
 _MAGIC = {"data:image/jpeg;base64,": b"\xff\xd8\xff", _PNG: b"\x89PNG\r\n\x1a\n"}
 _DECISIONS = {
-    "match": ("right", "Match: its origin is here"),
+    "match": ("right", "Match: its origin is very probably here"),
     "doubtful": ("unknown", "Doubtful: its origin may be here"),
     "no origin here": ("none", "No origin here"),
 }
@@ -67,10 +71,14 @@ class Found:
 
 @dataclass
 class Budget:
-    """How many bytes of pictures the page may still take, and how many pictures it could not."""
+    """What the page may still take: bytes of pictures and of plots, and plots' numbers; what it could not."""
 
     left: int = PICTURE_BYTES
     left_out: int = 0
+    taken: int = 0
+    plots: int = PLOT_BYTES
+    plots_taken: int = 0
+    numbers: bool = True
 
     def take(self, uri: str) -> str:
         """Return the thumbnail when it is a JPEG or PNG data URI that still fits, else nothing."""
@@ -80,7 +88,20 @@ class Budget:
             self.left_out += 1
             return ""
         self.left -= len(uri)
+        self.taken += len(uri)
         return uri
+
+    def draw(self, make: Callable[[], Markup | None]) -> Markup | None:
+        """Return a plot where it still fits; when none does any more, none is drawn."""
+        if self.plots <= 0:
+            return None
+        made = make()
+        size = 0 if made is None else len(made.encode())
+        self.plots -= size
+        if self.plots <= 0:
+            return None
+        self.plots_taken += size
+        return made
 
 
 def is_picture(uri: str) -> bool:
@@ -138,7 +159,9 @@ def _judged(verdict: Verdict) -> Judged:
     if verdict.detection is not None:
         of = f", of {verdict.detection_of}" if verdict.detection_of else ""
         share = f"{_share(verdict.detection)} {_span(verdict.detection_interval)}".strip()
-        rows.append((f"Detection: its origin comes first, and it is called {called}", share + of))
+        question = "Detection: so many in 100 translations of pictures that are here have their origin "
+        question += f"first and score high enough to be called {called}"
+        rows.append((question, share + of))
     rows.append(("Score of the first candidate, as calibrated", _score(verdict.score)))
     if verdict.n:
         rows.append(("Calibrated on", f"{text.number(verdict.n)} pictures"))

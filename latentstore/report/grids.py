@@ -370,7 +370,7 @@ def _table(places: Sequence[Place], lines: list[Line], notes: Notes) -> Table:
 
 def _grid(title: str, number: str, table: Table, taken: Sequence[Figure]) -> Grid:
     held = any(line.role == "paper" for line in table.lines)
-    sentence = paper.SENTENCE.format(table=number, cited=paper.CITED) if held else ""
+    sentence = paper.sentence(number) if held else ""
     oracle = any(plots.is_oracle(f.group) for f in taken)
     key = number.lower().replace(" ", "")
     return Grid(key, f"{title}, as in {number}", sentence, table, oracle=oracle)

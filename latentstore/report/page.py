@@ -9,11 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from latentstore.report import text
-from latentstore.report.gallery import PICTURE_BYTES, Budget
+from latentstore.report.gallery import PICTURE_BYTES, PLOT_BYTES, Budget
 from latentstore.report.part import KINDS, part
 from latentstore.results import Report
 
 PAGE_BYTES = 5_000_000
+_ROOM = 10_000  # for the sentences on what was left out
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Page:
 
 
 def render_page(reports: Sequence[Report]) -> Page:
-    """Return the whole page, below 5 MB: what text and plots leave of it is for pictures.
+    """Return the whole page, below 5 MB unless its tables and words alone are more.
+
+    Where all of it would be more, pictures make room first, then the numbers below plots, then plots.
 
     Parameters
     ----------
@@ -33,11 +36,21 @@ def render_page(reports: Sequence[Report]) -> Page:
         At least one; on the page in the order of their kinds, those of one kind in the order given.
     """
     ordered = in_order(reports)
-    page = _render(ordered, Budget())
-    over = len(page.html.encode()) - PAGE_BYTES
-    if over > 0:  # the words are many: pictures make room
-        page = _render(ordered, Budget(max(0, PICTURE_BYTES - over - 10_000)))
-    return page
+    pictures, plots, numbers = PICTURE_BYTES, PLOT_BYTES, True
+    while True:
+        budget = Budget(pictures, plots=plots, numbers=numbers)
+        page = _render(ordered, budget)
+        over = len(page.html.encode()) + _ROOM - PAGE_BYTES
+        if over <= _ROOM:
+            return page
+        if budget.taken:
+            pictures = max(0, budget.taken - over)
+        elif numbers:
+            numbers = False
+        elif budget.plots_taken:
+            plots = max(0, budget.plots_taken - over)
+        else:
+            return page
 
 
 def in_order(reports: Sequence[Report]) -> list[Report]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 from markupsafe import Markup
@@ -13,11 +14,15 @@ from latentstore.report import cards, curves, plots, text
 from latentstore.report.gallery import HEAT, Budget, Found, found
 from latentstore.report.grids import Grid, by_attack, is_laid_out, laid_out
 from latentstore.report.tables import Table, banded, by_measure, by_subject
-from latentstore.results import Report
+from latentstore.results import Figure, Report
 
 MATCHES = 100
 PANELS = 9
-"""Groups of queries up to which each has a dot plot; of more, those over all models and strengths alone."""
+"""Groups of queries that have a dot plot; of more, the first of those over all models and strengths."""
+_DOTS = 40
+"""Subjects up to which a dot plot can be read; of more, the table tells."""
+_CURVES = 60
+"""Plots of curves in one report."""
 KINDS: Mapping[str, str] = {
     "demo": "Demo",
     "evaluation": "Evaluation",
@@ -90,7 +95,7 @@ class CurvePlot:
 
 @dataclass(frozen=True)
 class Family:
-    """Plots with one legend; several are small multiples."""
+    """Plots with one legend; several are small multiples. Plots without room are not among them."""
 
     legend: list[Key]
     plots: list[CurvePlot]
@@ -114,6 +119,7 @@ class Part:
     matches_left_out: int
     heat: str
     curves: list[Family]
+    curves_left_out: int
     details: list[tuple[str, Table]]
     timings: list[tuple[str, str, float]]
     settings: list[tuple[str, str]]
@@ -128,12 +134,15 @@ def part(report: Report, prefix: str, budget: Budget) -> Part:
     drawn = panels(report)
     retrieval = list(drawn)
     taken = [f for f in report.figures if f.role != "note"]
+    by_group = plots.grouped(taken)
     groups = [
-        _group(report, name, group, rows, f"{prefix}dots{i}") for i, (group, rows) in enumerate(drawn.items())
+        _group(by_group[group], group, rows, report, f"{prefix}dots{i}", budget, late=i >= PANELS)
+        for i, (group, rows) in enumerate(drawn.items())
     ]
     layouts, attacked = laid_out(report), by_attack(report)
     shown = [g.table for g in groups] + [g.table for g in (*layouts, *attacked)]
-    families = curves.families(curves.plots_of(report))
+    lines = curves.plots_of(report)
+    families, left_out = _families(lines[:_CURVES], prefix, budget)
     matches = report.matches[:MATCHES]
     made = Part(
         report=report,
@@ -149,7 +158,8 @@ def part(report: Report, prefix: str, budget: Budget) -> Part:
         matches=[found(m, budget, large=report.kind == "match") for m in matches],
         matches_left_out=len(report.matches) - len(matches),
         heat=HEAT if any(c.heat for m in matches for c in m.candidates) else "",
-        curves=[_family(family, f"{prefix}curve{i}") for i, family in enumerate(families)],
+        curves=families,
+        curves_left_out=left_out + max(0, len(lines) - _CURVES),
         details=_details(report),
         timings=_timings(report),
         settings=text.pairs(report.settings),
@@ -169,7 +179,7 @@ def _sections(made: Part) -> list[tuple[str, str]]:
         "measured": made.others,
         "caveats": made.report.caveats,
         "matches": made.matches,
-        "curves": made.curves,
+        "curves": made.curves or made.curves_left_out,
         "details": made.details,
         "timings": made.timings,
         "settings": made.settings or made.data,
@@ -184,26 +194,38 @@ def _sections(made: Part) -> list[tuple[str, str]]:
 
 
 def panels(report: Report, *, limit: int = 26) -> dict[str, list[plots.Row]]:
-    """Return the dot plot of each group of queries: its rows, none where the group is folded or out of range.
+    """Return the dot plot of each group of queries: its rows, none where the group has no plot.
 
-    Upper bounds are folded; of many groups those of one model, strength or attack are, too.
+    Upper bounds have none, nor have many subjects, nor values out of range; of many groups those of one
+    model, strength or attack have none, and of the others the first alone have one.
     """
     name = cards.retrieval_name(report)
     groups = plots.groups(report, name) if name else []
-    out = {}
+    by_group = plots.grouped(f for f in report.figures if f.name == name)
+    out: dict[str, list[plots.Row]] = {}
+    drawn = 0
     for group in groups:
-        figures = report.find(name, group=group)
+        figures = by_group[group]
         apart = any(f.axes.get("domain") == "upper" for f in figures)
-        apart |= len(groups) > PANELS and any(is_laid_out(f) for f in figures)
-        rows = [] if apart else plots.dot_rows(report, name, group, limit=limit)
-        out[group] = rows if all(0 <= r.figure.value <= 1 for r in rows) else []
+        apart |= len(groups) > PANELS and (drawn >= PANELS or any(is_laid_out(f) for f in figures))
+        rows = [] if apart or len(figures) > _DOTS else plots.dot_rows(report, name, group, limit=limit)
+        out[group] = rows if len(rows) <= _DOTS and all(0 <= r.figure.value <= 1 for r in rows) else []
+        drawn += bool(out[group])
     return out
 
 
-def _group(report: Report, name: str, group: str, rows: Sequence[plots.Row], key: str) -> Group:
-    """Return one group's plot and table; a group without a plot is folded where it has axes of its own."""
-    figures = [f for f in report.figures if f.group == group and f.role != "note"]
-    title = group or "All queries"
+def _group(
+    figures: Sequence[Figure],
+    group: str,
+    rows: Sequence[plots.Row],
+    report: Report,
+    key: str,
+    budget: Budget,
+    *,
+    late: bool,
+) -> Group:
+    """Return one group's plot and table; one without a plot is folded where it is late or has axes."""
+    title, name = group or "All queries", rows[0].figure.name if rows else ""
     label = f"{name}, {text.one_line(title, 60)}: " + "; ".join(
         f"{r.label} {text.value(r.figure)} {text.interval(r.figure)}".strip() for r in rows
     )
@@ -212,18 +234,19 @@ def _group(report: Report, name: str, group: str, rows: Sequence[plots.Row], key
         chip=cards.chip(title),
         oracle=plots.is_oracle(group),
         uncontrolled=not any(f.role == "control" for f in figures),
-        plot=plots.dots(rows, key=key, label=label) if rows else None,
+        plot=budget.draw(lambda: plots.dots(rows, key=key, label=label)) if rows else None,
         table=by_subject(figures, report),
-        folded=not rows and any(f.axes for f in figures),
+        folded=not rows and (late or any(f.axes for f in figures)),
     )
 
 
 def _other_tables(report: Report, retrieval: Sequence[str]) -> list[tuple[str, Table]]:
     """Return the groups that are not about retrieval: neighbours with the same names in one table."""
-    rest = [f for f in report.figures if f.role != "note" and f.group not in retrieval]
+    held = set(retrieval)
+    rest = [f for f in report.figures if f.role != "note" and f.group not in held]
     if retrieval:  # a chance level of no group stands in every group's table
         rest = [f for f in rest if f.role != "chance" or f.group]
-    groups = [(g, [f for f in rest if f.group == g]) for g in dict.fromkeys(f.group for f in rest)]
+    groups = list(plots.grouped(rest).items())
     out = []
     for _, alike in groupby(groups, key=lambda pair: tuple(dict.fromkeys(f.name for f in pair[1]))):
         run = list(alike)
@@ -234,17 +257,21 @@ def _other_tables(report: Report, retrieval: Sequence[str]) -> list[tuple[str, T
 
 def _details(report: Report) -> list[tuple[str, Table]]:
     """Return the notes of each group, measures as rows and subjects as columns: like beside like."""
-    figures = [f for f in report.figures if f.role == "note"]
-    return [
-        (group, by_measure([f for f in figures if f.group == group]))
-        for group in dict.fromkeys(f.group for f in figures)
-    ]
+    notes = plots.grouped(f for f in report.figures if f.role == "note")
+    return [(group, by_measure(figures)) for group, figures in notes.items()]
 
 
 # Plots
 
 
-def _family(family: Sequence[curves.Plot], key: str) -> Family:
+def _families(lines: Sequence[curves.Plot], prefix: str, budget: Budget) -> tuple[list[Family], int]:
+    """Return the plots that there is room for, in families, and how many there is none for."""
+    made = [_family(family, f"{prefix}curve{i}", budget) for i, family in enumerate(curves.families(lines))]
+    shown = [family for family in made if family.plots]
+    return shown, len(lines) - sum(len(family.plots) for family in shown)
+
+
+def _family(family: Sequence[curves.Plot], key: str, budget: Budget) -> Family:
     legend = [
         Key(
             line.curve.label,
@@ -255,15 +282,12 @@ def _family(family: Sequence[curves.Plot], key: str) -> Family:
         )
         for line in family[0].lines
     ]
-    shown = [
-        CurvePlot(
-            plot.title,
-            curves.inline(plot, key=f"{key}-{i}"),
-            plot.lines[0].curve.x_label or "x",
-            curves.rows(plot),
-        )
-        for i, plot in enumerate(family)
-    ]
+    shown = []
+    for i, plot in enumerate(family):
+        drawn = budget.draw(partial(curves.inline, plot, key=f"{key}-{i}"))
+        if budget.plots > 0:
+            rows = curves.rows(plot) if budget.numbers else []
+            shown.append(CurvePlot(plot.title, drawn, plot.lines[0].curve.x_label or "x", rows))
     return Family(legend, shown)
 
 

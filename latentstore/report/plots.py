@@ -7,7 +7,7 @@ Each is drawn once and coloured by a palette: for the page the colours are place
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,14 @@ def dot_rows(report: Report, name: str, group: str, limit: int = 26) -> list[Row
         Row(text.one_line(f.subject or f.role, limit), colours.get(f.subject, "control"), f)
         for f in ranked(finite)
     ]
+
+
+def grouped(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
+    """Return the figures by their group, in the order of the groups' first."""
+    out: dict[str, list[Figure]] = {}
+    for figure in figures:
+        out.setdefault(figure.group, []).append(figure)
+    return out
 
 
 def is_oracle(group: str) -> bool:

@@ -10,18 +10,28 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from latentstore.errors import ResultsError
-from latentstore.results import Report, from_dict
+from latentstore.results import Report, from_dict, parsed
 
 SCHEMA = "latentstore.reports/1"
 """Of several results in one file; each of them is of :data:`latentstore.results.SCHEMA`."""
 
 
 def merged(reports: Sequence[Report]) -> bytes:
-    """Return the reports as one JSON object, ``{"schema": ..., "reports": [...]}``, in the page's order."""
+    """Return the reports as one JSON object, ``{"schema": ..., "reports": [...]}``, in the page's order.
+
+    Raises
+    ------
+    ResultsError
+        A value is not finite.
+    """
     from latentstore.report.page import in_order
 
     root = {"schema": SCHEMA, "reports": [r.to_dict() for r in in_order(reports)]}
-    return json.dumps(root, indent=1).encode() + b"\n"  # escaped: a name may hold what UTF-8 cannot
+    try:
+        text = json.dumps(root, indent=1, allow_nan=False)  # escaped: a name may hold what UTF-8 cannot
+    except ValueError as exc:
+        raise ResultsError(f"These results hold a value that JSON cannot: {exc}.") from exc
+    return text.encode() + b"\n"
 
 
 def read(path: Path) -> list[Report]:
@@ -33,12 +43,12 @@ def read(path: Path) -> list[Report]:
         The file is not JSON, of neither schema, or a field is not of its type.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else exc
-        raise ResultsError(
-            f"{path} is not a readable results file ({why}). Give a file that --out or --json wrote."
-        ) from exc
+        beside = path.with_suffix(".results.json")  # a table's or a map's own
+        instead = str(beside) if beside != path and beside.is_file() else "a file that --out or --json wrote"
+        raise ResultsError(f"{path} is not a readable results file ({why}). Give {instead}.") from exc
     held = raw.get("reports") if isinstance(raw, dict) and raw.get("schema") == SCHEMA else [raw]
     if not isinstance(held, list) or not held:
         raise ResultsError(f"{path} is of schema {SCHEMA!r} and holds no reports.")

@@ -94,8 +94,10 @@ def _subject_lines(
     colours = plots.method_colours(report)
     best = [clearly_best([f for f in figures if f.name == c]) for c in columns if c in BETTER_HIGH]
     lines = []
-    for subject, role in dict.fromkeys((f.subject, f.role) for f in figures):
-        own = [f for f in figures if (f.subject, f.role) == (subject, role)]
+    by_subject: dict[tuple[str, str], list[Figure]] = {}
+    for f in figures:
+        by_subject.setdefault((f.subject, f.role), []).append(f)
+    for (subject, role), own in by_subject.items():
         counts = {f.n for f in own}
         shared = len(counts) == 1
         cells = [
@@ -134,11 +136,13 @@ def by_measure(figures: Sequence[Figure]) -> Table:
     """Return measures as rows and subjects as columns: like beside like."""
     subjects = list(dict.fromkeys(f.subject for f in figures))
     notes = Notes()
+    placed: dict[tuple[str, str], list[Figure]] = {}
+    for f in figures:
+        placed.setdefault((f.name, f.subject), []).append(f)
     lines = []
     for name in dict.fromkeys(f.name for f in figures):
         cells = [
-            [shown(f, notes, with_n=True) for f in figures if (f.name, f.subject) == (name, subject)]
-            for subject in subjects
+            [shown(f, notes, with_n=True) for f in placed.get((name, subject), [])] for subject in subjects
         ]
         lines.append(Line(name, "note", "control", cells))
     return Table([s or "value" for s in subjects], lines, notes.listed())

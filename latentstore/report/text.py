@@ -11,6 +11,8 @@ from typing import Any
 from latentstore.results import Figure
 
 MISSING = "–"
+_NO_ANGLE = 1e-6
+"""Degrees: the arc cosine of the last double below 1 is 8.5e-7."""
 _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
@@ -96,7 +98,13 @@ def value(figure: Figure) -> str:
         unit = "points" if is_difference(figure) else "%"
         return f"{plus}{percent(figure.value, fine=not is_difference(figure))} {unit}"
     unit = {"seconds": "s", "second": "s"}.get(figure.unit, figure.unit)
-    return f"{plus}{number(figure.value)} {clean(unit)}".rstrip()
+    shown = angle(figure.value) if figure.unit == "°" else figure.value
+    return f"{plus}{number(shown)} {clean(unit)}".rstrip()
+
+
+def angle(degrees: float) -> float:
+    """Return an angle, 0 where it is no more than the rounding of a cosine near 1."""
+    return 0.0 if abs(degrees) < _NO_ANGLE else degrees
 
 
 def interval(figure: Figure) -> str:
@@ -119,10 +127,10 @@ def date(created: str) -> str:
     """Return an ISO time as ``"5 March 2026, 14:03 UTC"``; any other text as it is."""
     try:
         when = datetime.fromisoformat(created)
-    except ValueError:
+        if when.tzinfo is not None:
+            when = when.astimezone(UTC)
+    except (ValueError, OverflowError):  # a year that UTC does not reach
         return created
-    if when.tzinfo is not None:
-        when = when.astimezone(UTC)
     zone = " UTC" if when.tzinfo is not None else ""
     return f"{when.day} {_MONTHS[when.month - 1]} {when.year}, {when:%H:%M}{zone}"
 

@@ -11,7 +11,8 @@ from cli_helpers import pair_store, solve
 from typer.testing import CliRunner, Result
 
 from cli.app import app
-from latentstore.results import Figure, Report, load
+from cli.matching import MatchResult, summary
+from latentstore.results import Decision, Figure, Match, Report, Verdict, load
 
 
 def report(*words: str | Path, code: int = 0) -> Result:
@@ -67,6 +68,7 @@ def test_what_cannot_be_is_refused_in_one_paragraph(folder: Path, tmp_path: Path
         ([tmp_path], 1, "Is a directory"),
         ([results, "--out", results], 2, "one of the results to read"),
         ([results, "--merged", results], 2, "one of the results to read"),
+        ([results, "--out", tmp_path / "x", "--merged", tmp_path / "." / "x"], 2, "Name two files"),
         ([results, "--out", tmp_path], 2, "a folder. Name a file"),
         ([results, "--out", tmp_path / "no" / "page.html"], 2, "Make it first"),
         ([results, "--out", tmp_path / "p.html", "--csv", broken], 2, "a file. Name a folder"),
@@ -80,3 +82,18 @@ def test_what_cannot_be_is_refused_in_one_paragraph(folder: Path, tmp_path: Path
     assert report(code=2).stderr
     assert results.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["broken.json"]
+    beside = tmp_path / "sweep.results.json"
+    beside.write_bytes(before)
+    (tmp_path / "sweep.csv").write_text("method,rank\n", encoding="utf-8")
+    assert f"Give {beside}." in report(tmp_path / "sweep.csv", code=1).stderr
+
+
+def test_the_summary_of_a_match_says_how_many_are_here_and_how_many_were_not_read() -> None:
+    decisions: list[Decision] = [*["match"] * 7, *["doubtful"] * 2, "no origin here"]  # type: ignore[list-item]
+    matches = [Match("q", "", None, verdict=Verdict(d, 0.5, 0.1, 0.1, (0.0, 0.2))) for d in decisions]
+    found = MatchResult(matches, [("a", "why")], "", "", False, "", "")
+    (told,) = summary(found, 1234)
+    assert told == (
+        "10 queries were compared with 1,234 pictures: 7 very probably have their origin here (match), "
+        "2 are doubtful, 1 has no origin here. 1 further query could not be read."
+    )

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from store_worlds import picture
 
-from latentstore.heat import overlay
+from latentstore.heat import overlay, strength
 
 
 def drawn(uri):
@@ -72,6 +72,15 @@ def test_stronger_is_more_colourful():
     ramp = np.tile(np.linspace(-1, 1, 32), (32, 1))
     told = warmth(drawn(overlay(ramp, None)))[80]
     assert (np.diff(told[::16]) > 0).all()
+
+
+def test_maps_of_one_scale_compare():
+    strong, weak = corner(1.0), corner(0.1)
+    alone = warmth(drawn(overlay(weak, None)))[:30, :30].mean()
+    beside = warmth(drawn(overlay(weak, None, scale=strength(strong))))[:30, :30].mean()
+    assert beside < alone / 3
+    assert overlay(strong, None, scale=strength(strong)) == overlay(strong, None)
+    assert overlay(weak, None, scale=0.0) == overlay(weak, None)  # the first says nothing: no scale
 
 
 def test_both_colours_read_on_light_and_dark_and_when_colours_are_not_seen():

@@ -9,6 +9,7 @@ import math
 import pytest
 
 from latentstore.errors import ResultsError
+from latentstore.report import reading
 from latentstore.results import SCHEMA, Candidate, Curve, Figure, Match, Report, from_dict, load, stamp
 
 REPORT = Report(
@@ -42,6 +43,13 @@ def test_round_trip(tmp_path):
     assert raw["schema"] == SCHEMA == "latentstore.results/1"
     assert from_dict(raw).figures[1].interval == (0.0, 0.0)
     assert "写" in (tmp_path / "r.json").read_text(encoding="utf-8")
+
+
+def test_a_name_that_is_not_utf_8_survives(tmp_path):
+    strange = dataclasses.replace(REPORT, matches=[Match("\udcff\ud800.jpg 写", "", None)])
+    strange.write(tmp_path / "r.json")
+    assert load(tmp_path / "r.json") == strange
+    assert reading.read(tmp_path / "r.json") == [strange]
 
 
 def test_stamp():
