@@ -30,7 +30,7 @@ demo: $(VENV)/.demo
 
 # Two processes of one thread each: with more, small products on two cores wait for each other.
 test: $(VENV)/.dev browser
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
