@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,22 @@ class Asked:
     def latents(self) -> npt.NDArray[np.float32]:
         """The latents of all queries."""
         return np.concatenate(self.blocks) if self.blocks else np.empty((0, 0), np.float32)
+
+    def keep(self, good: npt.NDArray[np.bool_], why: str) -> None:
+        """Count queries as unreadable where an (n,) array says that they are not good."""
+        if good.all():
+            return
+        self.blocks = [self.latents[good]]
+        self.unreadable += [(name, why) for name, kept in zip(self.names, good, strict=True) if not kept]
+        self.names = list(compress(self.names, good))
+        self._pictures = list(compress(self._pictures, good))
+        self.require_some()
+
+    def require_some(self) -> None:
+        """Raise `UsageError` where no query can be read."""
+        if not self.names:
+            listed = "; ".join(f"{name}: {why}" for name, why in self.unreadable[:3])
+            raise UsageError(f"None of the {len(self.unreadable)} queries can be read ({listed}).")
 
     def picture(self, number: int) -> Image.Image | None:
         """Return the picture of a query, or None where it has none that can be read."""
@@ -98,9 +114,7 @@ def ask(
         else:
             encoder = encoder or _encoder(store, device)
             _add_pictures(asked, paths, encoder, on_rows)
-    if not asked.names:
-        listed = "; ".join(f"{n}: {why}" for n, why in asked.unreadable[:3])
-        raise UsageError(f"None of the {len(named)} queries can be read ({listed}).")
+    asked.require_some()
     return asked
 
 
@@ -166,6 +180,8 @@ def _add_latents(asked: Asked, files: list[Path], store: LatentStore) -> None:
                 (f"{path} row {i}", "not_finite: it holds values that are not finite")
                 for i in np.flatnonzero(~finite)
             ]
+            if not len(several):
+                unreadable = [(str(path), "unreadable: it holds no rows")]
         asked.names += names
         asked.blocks.append(latents)
         asked.unreadable += unreadable

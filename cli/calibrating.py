@@ -21,10 +21,23 @@ from cli.collection import Collection, Rows
 from latentstore import search
 from latentstore.simulate import Diffusion, GaussianPrior, translate
 from solvers.data import PairData
+from solvers.errors import SolverUsageError
 from solvers.methods import METHODS, build
 from solvers.projection import Projection
 from solvers.sums import RowSums
-from solvers.verdict import CANDIDATES, LEAST, Calibration, pair_scores, standing, verdict_map
+from solvers.verdict import (
+    ALIKE,
+    CANDIDATES,
+    COMPARED,
+    LEAST,
+    PASSED,
+    SAME,
+    Calibration,
+    alike,
+    pair_scores,
+    standing,
+    verdict_map,
+)
 
 Block = tuple[Rows, npt.NDArray[np.floating[Any]]]
 Blocks = Callable[[], Iterable[Block]]
@@ -38,6 +51,8 @@ MOST, FEW = 2000, 100
 ALPHA_BAR, PROMPT, SEED = 0.1, 0.3, 0
 """Of the simulated translations, where the map has no noise level of its own."""
 _PRIOR_ROWS, _BLOCK, _NOISE_BLOCK = 8192, 8192, 256
+_READ, _QUERIES = 1024, 256
+"""Rows that are read at a time, and queries whose references are compared."""
 _STEPPED = 255
 """Rows of one photo that a search can step over; photos of more are not calibrated on."""
 
@@ -151,13 +166,13 @@ def calibrate(
         :, 0
     ]
     ranked = _ranked(collection, V, asked, photos, _counted(_projected(collection, V), count))
-    scores, marks = ranked[shown]
+    company = _Company(collection, V, photos)
     mark = photos.shown_by(collection, first)
-    positives = _standing(pair_scores(V, latents, collection.read(first)), mark, scores, marks)
+    positives = company.standing(pair_scores(V, latents, collection.read(first)), first, *ranked[shown])
     return V, Calibration(
         # W has seen these photos and ranks them otherwise than new ones (whitened, all are alike). No match
         # of a new one scores above its best under the map that has seen neither.
-        {kind: _without(asked[kind][1], *found) for kind, found in ranked.items()},
+        {kind: company.without(asked[kind][1], *found) for kind, found in ranked.items()},
         positives,
         mark == own,
         shown if shown == OWN else f"{SIMULATED} (ᾱ {diffusion.alpha_bar:.2g})",
@@ -181,6 +196,11 @@ def _settled(
     """
     rows = collection.gallery[photos.fitted]
     if not is_refitted(W):
+        if len(rows) < LEAST:
+            raise SolverUsageError(
+                "translations are simulated from references that are not calibrated on, and the collection "
+                f"has {len(rows)} of them ({LEAST} needed). Encode more references, of the training split."
+            )
         drawn = np.random.default_rng(SEED).permutation(rows)[:_PRIOR_ROWS]
         V, data = W, _unlabelled(collection, np.sort(drawn))
     else:
@@ -223,8 +243,8 @@ def _sums_without(collection: Collection, photos: Photos, count: OnRows) -> RowS
 
 def _ranked(
     collection: Collection, V: Projection, asked: Asked, photos: Photos, blocks: Iterable[Block]
-) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
-    """Rank all kinds of queries in one pass: kind → scores (n, k), best first, and the photos behind them.
+) -> dict[str, tuple[npt.NDArray[np.float64], Rows]]:
+    """Rank all kinds of queries in one pass: kind → scores (n, k), best first, and their rows.
 
     k leaves enough references beside those that show a query's own photo.
     """
@@ -232,28 +252,67 @@ def _ranked(
     most = int(np.bincount(photos.mark)[photos.own].max())
     scores, rows = search.top_k(queries, blocks, CANDIDATES + most)
     ends = np.cumsum([len(x) for x, _ in asked.values()])[:-1]
-    parts = zip(np.split(scores, ends), np.split(photos.shown_by(collection, rows), ends), strict=True)
+    parts = zip(np.split(scores, ends), np.split(rows, ends), strict=True)
     return dict(zip(asked, parts, strict=True))
 
 
-def _without(
-    own: npt.NDArray[np.int64], scores: npt.NDArray[np.float64], marks: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Return the standing of the best reference that does not show the query's own photo."""
-    scores = np.where(marks == own[:, None], np.nan, scores)
-    at = np.nanargmax(scores, axis=1)[:, None]  # a calibration has 20 photos at least: there is one
-    first, mark = np.take_along_axis(scores, at, 1)[:, 0], np.take_along_axis(marks, at, 1)[:, 0]
-    return _standing(first, mark, scores, marks)
+@dataclass(frozen=True, eq=False)
+class _Company:
+    """What the references that rank first stand out from: ranked others that show another photo."""
+
+    collection: Collection
+    V: Projection
+    photos: Photos
+
+    def without(
+        self, own: npt.NDArray[np.int64], scores: npt.NDArray[np.float64], rows: Rows
+    ) -> npt.NDArray[np.float64]:
+        """Return the standing of the best reference that does not show the query's own photo.
+
+        A re-save of the photo that nobody grouped is its origin, too. Of a query that has no other reference
+        nothing is returned.
+        """
+        scores = np.where(self.photos.shown_by(self.collection, rows) == own[:, None], np.nan, scores)
+        self._leave_out(scores, self.photos.rows[np.searchsorted(self.photos.own, own)], rows, SAME)
+        some = ~np.isnan(scores).all(axis=1)
+        scores, rows = scores[some], rows[some]
+        at = np.nanargmax(scores, axis=1)[:, None]
+        first, row = np.take_along_axis(scores, at, 1)[:, 0], np.take_along_axis(rows, at, 1)[:, 0]
+        return self.standing(first, row, scores, rows)
+
+    def standing(
+        self, first: npt.NDArray[np.float64], row: Rows, scores: npt.NDArray[np.float64], rows: Rows
+    ) -> npt.NDArray[np.float64]:
+        """Return the standing of the references ``row``, which score ``first``, among those of others."""
+        shown, mark = (self.photos.shown_by(self.collection, r) for r in (rows, row))
+        others = np.where(shown == mark[:, None], np.nan, scores)
+        self._leave_out(others, row, rows, ALIKE)
+        return standing(first, others)
+
+    def _leave_out(self, scores: npt.NDArray[np.float64], row: Rows, rows: Rows, least: float) -> None:
+        """Set the scores of references to NaN, in place, that have such a cosine with ``row``."""
+        # Most have nobody alike: the best few are enough to see it.
+        todo, most = np.arange(len(scores)), PASSED + COMPARED
+        for width in (2 * most, scores.shape[1]):
+            for at in range(0, len(todo), _QUERIES):
+                here = todo[at : at + _QUERIES]
+                ranked = np.column_stack([row[here], rows[here, :width]])
+                references, places = references_of(self.collection, self.V, ranked)
+                for i, place in zip(here, places, strict=True):
+                    like = alike(references[place[0]], references[place[1:]], least)
+                    scores[i, :width][like] = np.nan
+            todo = todo[(~np.isnan(scores[todo, :width])).sum(axis=1) < most]
 
 
-def _standing(
-    first: npt.NDArray[np.float64],
-    mark: npt.NDArray[np.int64],
-    scores: npt.NDArray[np.float64],
-    marks: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float64]:
-    """Return the standing of references that show the photos ``mark``, among those that show others."""
-    return standing(first, np.where(marks == mark[:, None], np.nan, scores))
+def references_of(
+    collection: Collection, V: Projection, rows: Rows
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return some rows mapped by V, each once (u, m), and which of them each of ``rows`` is."""
+    unique, at = np.unique(rows, return_inverse=True)
+    parts = (collection.read(unique[i : i + _READ]) for i in range(0, len(unique), _READ))
+    # In float64: a verdict is the same in any company.
+    references = np.concatenate([V.references(x.astype(np.float64)) for x in parts])
+    return references, at.reshape(rows.shape)  # NumPy 2.0 and 2.1 differ in what they return
 
 
 def _projected(collection: Collection, projection: Projection) -> Iterator[Block]:

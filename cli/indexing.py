@@ -19,7 +19,7 @@ from latentstore.errors import LatentStoreError, UsageError
 from latentstore.index import MAP, Index, folder_of, kept
 from latentstore.simulate import Diffusion, GaussianPrior, translate
 from latentstore.store import open_store
-from solvers.errors import ProjectionFormatError
+from solvers.errors import SolverError
 from solvers.projection import Projection
 from solvers.spectrum import fit_spectrum
 
@@ -133,6 +133,9 @@ def run_index(
         on_start=on_start,
         on_rows=on_rows,
     )
+    # After the index was accepted as this map's: another one's must keep its own.
+    if _map_in(folder, W.fingerprint) is None:
+        W.save(folder / MAP)
     if facts["own"] and options.out is None:
         for other in _own_folders(collection):
             if other != folder:
@@ -164,9 +167,10 @@ def _map_of(
         return given, {"own": False, "source": str(options.projection)}
     if not options.refit:
         for folder in _own_folders(collection):
-            W = _load(folder)
+            index = Index.open(folder)
+            W = _map_in(folder, index.map)
             if W is not None:
-                return W, Index.open(folder).facts
+                return W, index.facts
     say("W is the collection's analytic map: fitted on all of its images, unless it is kept")
     W, path, _ = own_projection(collection)
     return W, {"own": True, "source": path, "fitted on": len(collection.gallery)}
@@ -234,8 +238,7 @@ def check_indexes(
 
 
 def _map_findings(index: Index) -> list[str]:
-    W = _load(index.folder)
-    if W is not None and W.fingerprint == index.map:
+    if _map_in(index.folder, index.map) is not None:
         return []
     again = "`latentstore index --rebuild` with that map as --projection, or --refit, makes the index anew"
     return [f"{MAP} is missing, damaged, or not the map that the references were made by; {again}."]
@@ -280,7 +283,7 @@ def usable_index(
 def own_index(collection: Collection) -> tuple[Projection, Index] | None:
     """Return the map and the index that the collection keeps by itself, or None where none is current."""
     for folder in _own_folders(collection):
-        W = _load(folder)
+        W = _map_in(folder, Index.open(folder).map)
         if W is not None:
             index, _ = usable_index(collection, W, folder)
             if index is not None:
@@ -301,11 +304,13 @@ def _own_folders(collection: Collection) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _load(folder: Path) -> Projection | None:
+def _map_in(folder: Path, fingerprint: str) -> Projection | None:
+    """Return the map of that fingerprint beside an index; None where it is missing, damaged or another."""
     try:
-        return Projection.load(folder / MAP)
-    except (ProjectionFormatError, OSError):
+        W = Projection.load(folder / MAP)
+    except (SolverError, OSError):
         return None
+    return W if W.fingerprint == fingerprint else None
 
 
 # --- recall -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from cli.own_map import own_projection
 from cli.solving import check_writable, load_projection
 from cli.verdicts import Judge, judge_for
 from latentstore import heat, results, search
-from latentstore.errors import UsageError
+from latentstore.errors import LatentStoreError, UsageError
 from latentstore.index import Index
 from latentstore.pictures import SIDE, Pictures, thumbnail_uri
 from latentstore.results import Candidate, Match, Report
@@ -129,7 +129,9 @@ def run_match(
         judge, why = judge_for(
             collection, found.W, blocks=lambda: _blocks(found), on_start=on_start, on_rows=on_rows
         )
-    verdicts = [None] * len(asked.names) if judge is None else judge.verdicts(asked.latents, found.rows)
+    # As many rows whatever --top is: they are what the first one's lead is told by.
+    judged = found.rows[:, : CANDIDATES + _hidden(collection, CANDIDATES)]
+    verdicts = [None] * len(asked.names) if judge is None else judge.verdicts(asked.latents, judged)
     matches = [
         Match(
             query=name,
@@ -189,12 +191,46 @@ def _search(queries: list[Path], store: Path, options: MatchOptions, phases: Pha
             f"--approximate needs an index of {store} that is current: latentstore index --store {store} "
             "--factory IVF256,Flat makes one."
         )
+    projected = _projected(W, asked)
+    held = _Searched(collection, W, name, made, index, asked, np.empty(0), np.empty(0, np.int64), "", notes)
+    try:
+        return _ranked(held, projected, options, phases)
+    except LatentStoreError:
+        if index is None or not index.changed():
+            raise
+    notes.append(
+        f"The index of {store} was changed while it was searched, so all images were projected for this "
+        "search."
+    )
+    # Opened anew: what was removed meanwhile must not be found.
+    again = replace(held, collection=Collection.open(store), index=None)
+    return _ranked(again, projected, options, phases)
+
+
+def _projected(W: Projection, asked: Asked) -> npt.NDArray[np.float32]:
+    """Project the queries; those whose projection is not finite become unreadable."""
+    latents = asked.latents
+    with np.errstate(over="ignore", invalid="ignore"):
+        projected = np.asarray(W.queries(latents), np.float32)
+        finite = np.asarray(np.isfinite(projected).all(axis=1))
+        # A row of NaN has no length: normalised, it is all zeros, as the centre is.
+        zero = np.flatnonzero(~projected.any(axis=1))
+        if len(zero):
+            finite[zero] = np.isfinite(W.coordinates(latents[zero])).all(axis=1)
+    asked.keep(finite, "not_finite: the map takes it out of float32's range")
+    return projected[finite]
+
+
+def _ranked(
+    held: _Searched, projected: npt.NDArray[np.float32], options: MatchOptions, phases: Phases
+) -> _Searched:
+    """Search the index, or the gallery projected now where there is none."""
+    collection, index = held.collection, held.index
     k = max(options.top, CANDIDATES if options.verdicts else 10)
     k += _hidden(collection, k)
-    projected = np.asarray(W.queries(asked.latents), np.float32)
-    held = _Searched(collection, W, name, made, index, asked, np.empty(0), np.empty(0, np.int64), "", notes)
     if options.approximate and index is not None:
         scores, rows = index.approximate(projected, k)
+        _require_unchanged(index)
         return replace(held, scores=scores, rows=rows, how="an approximate index")
     on_start, on_rows = phases("search", "rows")
     on_start(len(collection.gallery), len(collection.gallery))
@@ -210,10 +246,22 @@ def _search(queries: list[Path], store: Path, options: MatchOptions, phases: Pha
     return replace(held, scores=scores, rows=rows, how=how, backend=backend)
 
 
+def _require_unchanged(index: Index) -> None:
+    if index.changed():
+        raise UsageError(f"The index in {index.folder} was changed while it was read. Run the command again.")
+
+
 def _blocks(found: _Searched) -> Iterator[Block]:
-    """Yield the gallery as (rows, projected rows): from the index, or mapped now."""
+    """Yield the gallery as (rows, projected rows): from the index, or mapped now.
+
+    Raises
+    ------
+    UsageError
+        The index was changed meanwhile: what was yielded may be of before or after.
+    """
     if found.index is not None:
         yield from found.index.blocks()
+        _require_unchanged(found.index)
         return
     gallery, at = found.collection.gallery, 0
     for block in found.collection.reference_blocks(found.W, gallery):
@@ -301,12 +349,24 @@ def summary(result: MatchResult, references: int) -> list[str]:
     """Return what was found, in plain words."""
     n = len(result.matches)
     of = f"{n:,} {'query was' if n == 1 else 'queries were'} compared with {references:,} pictures"
-    decided = [m.verdict.decision for m in result.matches if m.verdict is not None]
+    decided: list[str] = [m.verdict.decision for m in result.matches if m.verdict is not None]
+    lost = len(result.unreadable)
+    unread = f" {lost:,} further {'query' if lost == 1 else 'queries'} could not be read." if lost else ""
     if not decided:
-        return [f"{of}. {result.no_verdict}".strip()]
-    counts = {d: decided.count(d) for d in ("match", "doubtful", "no origin here")}
-    words = ", ".join(f"{count:,} {decision}" for decision, count in counts.items() if count)
-    return [f"{of}: {words}."]
+        return [f"{of}.{unread} {result.no_verdict}".strip()]
+    told = []
+    for decision, one, more in (
+        (
+            "match",
+            "very probably has its origin here (match)",
+            "very probably have their origin here (match)",
+        ),
+        ("doubtful", "is doubtful", "are doubtful"),
+        ("no origin here", "has no origin here", "have no origin here"),
+    ):
+        if count := decided.count(decision):
+            told.append(f"{count:,} {one if count == 1 else more}")
+    return [f"{of}: {', '.join(told)}.{unread}"]
 
 
 def _caveats(result: MatchResult) -> list[str]:
@@ -332,16 +392,13 @@ def _with_pictures(found: _Searched, matches: list[Match]) -> list[Match]:
         image = found.asked.picture(number)
         ranked = list(_once(collection, found.scores[number], found.rows[number]))[: len(match.candidates)]
         latents = collection.read(np.array([row for _, row, _ in ranked], np.int64))
-        candidates = []
+        candidates: list[Candidate] = []
+        scale = None  # the first candidate's, so that a wrong one does not look as strong
         for candidate, (_, row, _), latent in zip(match.candidates, ranked, latents, strict=True):
-            agreed = contributions(found.W, found.asked.latents[number], latent)
-            candidates.append(
-                replace(
-                    candidate,
-                    thumbnail=pictures.thumbnail(row),
-                    heat=heat.overlay(grid(agreed, shape), image, SIDE),
-                )
-            )
+            agreed = grid(contributions(found.W, found.asked.latents[number], latent), shape)
+            scale = heat.strength(agreed) if scale is None else scale
+            drawn = heat.overlay(agreed, image, SIDE, scale=scale)
+            candidates.append(replace(candidate, thumbnail=pictures.thumbnail(row), heat=drawn))
         shown.append(
             replace(match, thumbnail="" if image is None else thumbnail_uri(image), candidates=candidates)
         )

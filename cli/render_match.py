@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cli.calibrating import OWN
 from cli.matching import MatchResult
 from cli.render import percent, printable, table
 from latentstore.results import Match, Verdict
@@ -56,10 +57,13 @@ def _worth(matches: list[Match]) -> list[str]:
         if verdict.detection is not None:
             found = f"{percent(verdict.detection, verdict.detection_interval)} of {verdict.detection_of}"
         rows.append([bar, percent(verdict.false_alarm, verdict.false_alarm_interval), found])
-    n = next(iter(first.values())).n
+    any_one = next(iter(first.values()))
+    kinds = "as they are and as simulated translations"
+    if any_one.detection_of == OWN:
+        kinds = f"as they are, as simulated translations and as {OWN}"
     title = (
-        f"p: the share of pictures without an origin here that would score as high, by {n:,} of this "
-        "collection that were held out. % [95 % interval]:"
+        f"p: the share of pictures without an origin here that would score as high, by {any_one.n:,} of this "
+        f"collection that were held out, {kinds}. % [95 % interval]:"
     )
     header = ["called", "false alarms", "origins found"]
     notes = dict.fromkeys(m.verdict.note for m in matches if m.verdict is not None and m.verdict.note)

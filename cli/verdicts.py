@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cli.calibrating import Blocks, OnRows, Photos, calibrate, is_refitted, passes
+from cli.calibrating import Blocks, OnRows, Photos, calibrate, is_refitted, passes, references_of
 from cli.collection import Collection, Rows
 from cli.kept import forget
 from latentstore.errors import UsageError
@@ -20,14 +20,24 @@ from latentstore.results import Curve, Role, Verdict
 from latentstore.schema import LATENTS
 from solvers.errors import ProjectionFormatError, SolverUsageError
 from solvers.projection import Projection
-from solvers.verdict import LEAST, MATCH, Calibration, standing, verdict_map
+from solvers.verdict import (
+    ENOUGH,
+    LEAST,
+    MATCH,
+    PASSED,
+    Calibration,
+    Decision,
+    alike,
+    standing,
+    verdict_map,
+)
 
 OnStart = Callable[[int, int], None]
 PLOT = "Scores with and without an origin here"
 _BINS = 40
-_BLOCK, _READ = 256, 1024
-"""Queries that are judged at a time, and rows that are read."""
-_VERSION = 2
+_BLOCK = 128
+"""Queries that are judged at a time."""
+_VERSION = 3
 """Of how a calibration is made: another one has another name."""
 
 
@@ -58,34 +68,35 @@ class Judge:
         """
         spans = [slice(at, at + _BLOCK) for at in range(0, len(latents), _BLOCK)]
         scores = np.concatenate([np.zeros(0), *(self._standing(latents[s], rows[s]) for s in spans)])
+        called = [self.calibration.decide(s) for s in scores.tolist()]
+        worth = {decision: self._worth(decision) for decision in set(called)}
         return [
-            self._verdict(float(s), float(p)) for s, p in zip(scores, self.calibration.p(scores), strict=True)
+            replace(worth[decision], score=float(s), p=float(p))
+            for decision, s, p in zip(called, scores, self.calibration.p(scores), strict=True)
         ]
 
     def _standing(self, latents: npt.NDArray[np.floating[Any]], rows: Rows) -> npt.NDArray[np.float64]:
-        unique, at = np.unique(np.maximum(rows, self.collection.gallery[0]), return_inverse=True)
-        at = at.reshape(rows.shape)  # NumPy 2.0 and 2.1 differ in what they return
-        # In float64: a verdict is the same in any company.
-        parts = (self.collection.read(unique[i : i + _READ]) for i in range(0, len(unique), _READ))
-        references = np.concatenate([self.projection.references(x.astype(np.float64)) for x in parts])
+        rows, known = np.maximum(rows, self.collection.gallery[0]), rows >= 0
+        references, at = references_of(self.collection, self.projection, rows)
         queries = self.projection.queries(np.asarray(latents, np.float64))
         scores = np.stack([references[i] @ q for i, q in zip(at, queries, strict=True)])
-        scores[rows < 0] = np.nan
-        same = np.zeros(rows.shape, bool)
-        labels = self.collection.labels(self.collection.identity[unique])
-        for names in (labels, self.collection.group[unique]):
-            named = np.asarray(names, object)[at]
-            same |= named == named[:, :1]
+        scores[~known] = np.nan
+        # An approximate index found too few to tell: nothing is taken for granted.
+        scores[known.sum(axis=1) <= PASSED + ENOUGH, 0] = np.nan
+        same = np.stack([alike(references[i[0]], references[i]) for i in at])
+        labels = self.collection.labels(self.collection.identity[rows.ravel()]).reshape(rows.shape)
+        for names in (labels, self.collection.group[rows]):
+            same |= names == names[:, :1]
         return standing(scores[:, 0], np.where(same, np.nan, scores)[:, 1:])
 
-    def _verdict(self, score: float, p: float) -> Verdict:
+    def _worth(self, decision: Decision) -> Verdict:
+        """Return a verdict without its score and p."""
         found = self.calibration
-        decision = found.decide(score)
         rates = found.rates(decision)
         return Verdict(
             decision=decision,
-            score=score,
-            p=p,
+            score=0.0,
+            p=1.0,
             false_alarm=rates.false_alarm,
             false_alarm_interval=rates.false_alarm_interval,
             detection=rates.detection,
@@ -95,16 +106,21 @@ class Judge:
             note=self._note(decision),
         )
 
-    def _note(self, decision: str) -> str:
+    def _note(self, decision: Decision) -> str:
         found = self.calibration
         if decision == "match":
             level = found.levels["match"]
             return f"{found.n} pictures support no bar below {level:.1%}." if level > MATCH else ""
-        if found.denied is None:
-            return ""
-        return (
-            f"{found.denied:.0%} of {found.positives_of} whose origin is here would be told 'no origin here'."
-        )
+        said = []
+        if (denied := found.denied) is not None:
+            said.append(
+                f"{denied:.0%} of {found.positives_of} whose origin is here would be told 'no origin here'."
+            )
+        if self.projection.method != "analytic":
+            said.append(
+                "Strangers that were darkened, blurred or flattened may pass the lower bar more often."
+            )
+        return " ".join(said)
 
     def curves(self) -> list[Curve]:
         """Return the distributions of scores without and with an origin here, and the two bars."""

@@ -111,6 +111,18 @@ class Index:
         """What its maker said of it."""
         return dict(self.body["facts"])
 
+    def changed(self) -> bool:
+        """Tell whether the index was changed, or deleted, since it was opened.
+
+        Every change begins with another ``index.json``: where that is still the one that was opened, so is
+        whatever was read before.
+        """
+        try:
+            body = read_body(self.folder)
+        except (CorruptStoreError, StoreFormatError):
+            return True
+        return body is None or body["version"] != self.body["version"]
+
     def blocks(self, first: int = 0, *, size: int = BLOCK) -> Iterator[tuple[Rows, Vectors]]:
         """Yield (rows, references) from a position on, block by block; views where no position is empty."""
         for at in range(first, len(self.rows), size):

@@ -64,15 +64,16 @@ def norm_bound(block: Any) -> float:
 def half_scale(queries: Any, norm: Any, block: Any, largest: float, scan: Scan) -> tuple[Any, Any, Any]:
     """Return (queries, block, scale): both rounded to 16 bits after scaling by powers of two, which is exact.
 
-    Norms are then between ½ and 1, so that float16 neither overflows nor loses what counts. ``scale`` (q,) is
-    what that makes of a score. A CPU multiplies the rounded numbers in float32.
+    Norms are then between ½ and 1 (less where all references are below 2⁻¹⁰⁰), so that float16 neither
+    overflows nor loses what counts. ``scale`` (q,) is what that makes of a score. A CPU multiplies the
+    rounded numbers in float32.
     """
     import torch
 
     dtype = getattr(torch, scan)
     exponent = torch.where(norm > 0, torch.ceil(torch.log2(torch.clamp(norm, min=1e-300))), 0.0)
     shrink = torch.exp2(-exponent)
-    other = 2.0 ** -math.ceil(math.log2(largest)) if largest > 0 else 1.0
+    other = 2.0 ** -math.ceil(math.log2(max(largest, 2.0**-100)))  # itself within float32's range
     q = (queries.to(torch.float64) * shrink[:, None]).to(torch.float32).to(dtype)
     b = (block if other == 1 else block * other).to(dtype)
     if queries.device.type == "cpu":

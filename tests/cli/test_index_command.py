@@ -144,6 +144,23 @@ def test_check_finds_what_was_changed(store: Path) -> None:
     assert "whole" in said("--store", store, "--check")
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_damaged_map_is_mended_as_advised(store: Path, given: bool) -> None:
+    words: tuple[Any, ...] = ("--store", store)
+    if given:
+        own_projection(collection())[0].truncated(8).save("w.safetensors")
+        words = (*words, "--projection", "w.safetensors")
+    path = Path(told(*words)["folder"]) / MAP
+    whole, made = path.read_bytes(), Projection.load(path)
+    made.truncated(4).save("other.safetensors")
+    for damaged in (b"", whole[:-5], Path("other.safetensors").read_bytes()):
+        path.write_bytes(damaged)
+        assert MAP in said("--store", store, "--check", code=3)
+        said(*words, "--rebuild")
+        assert "whole" in said("--store", store, "--check")
+        assert Projection.load(path).fingerprint == made.fingerprint
+
+
 def test_a_damaged_or_unfinished_index_is_not_used(store: Path) -> None:
     folder = Path(told("--store", store)["folder"])
     W = Projection.load(folder / MAP)
@@ -164,6 +181,7 @@ def test_an_index_elsewhere(store: Path) -> None:
     (Path("other")).mkdir()
     W.truncated(4).save("w.safetensors")
     assert "of the map" in said("--store", store, "--out", "kept", "--projection", "w.safetensors", code=2)
+    assert "whole" in said("--store", store, "--check", "--out", "kept"), "it has the map that it had"
 
 
 @pytest.mark.skipif(not has_faiss(), reason="FAISS is not installed")

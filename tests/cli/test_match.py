@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +16,15 @@ from cli_helpers import picture
 from typer.testing import CliRunner
 
 from cli.app import app
+from cli.collection import Collection
+from cli.indexing import IndexOptions, run_index
 from cli.matching import MatchOptions, run_match
+from cli.own_map import own_projection
+from cli.verdicts import Judge
 from cli.workflows import run_encode
+from latentstore.errors import UsageError
+from latentstore.index import Index
+from latentstore.removal import remove
 from latentstore.results import load
 from latentstore.store import open_store
 
@@ -88,6 +98,46 @@ def test_latents_that_cannot_be_compared_are_named(world: Path, tmp_path: Path) 
     assert re.search(r"other.npy cannot be read: unreadable: an array of shape", text)
 
 
+def test_a_query_that_the_map_takes_out_of_range_is_named_and_the_others_are_answered(
+    world: Path, tmp_path: Path
+) -> None:
+    store = open_store(world / "s.zarr")
+    rows = store.reader.gather(np.arange(3)).astype(np.float32)
+    rows[1] = np.where(np.arange(rows.shape[1]) % 2, 3e38, -3e38)
+    np.save(tmp_path / "some.npy", rows)
+    np.save(tmp_path / "none.npy", rows[:0])
+    W = own_projection(Collection.open(world / "s.zarr"))[0]
+    large = np.where(np.arange(W.dim) % 2, 4.0, -4.0)[:, None] * np.ones((1, W.rank))
+    replace(W, query_map=W.query_map + large).save(tmp_path / "w.safetensors")
+    options = MatchOptions(projection=tmp_path / "w.safetensors", verdicts=False)
+    found = run_match([tmp_path / "some.npy", tmp_path / "none.npy"], world / "s.zarr", options)
+    assert [m.query[-5:] for m in found.matches] == ["row 0", "row 2"]
+    assert [m.candidates != [] for m in found.matches] == [True, True]
+    assert dict(found.unreadable) == {
+        f"{tmp_path / 'some.npy'} row 1": "not_finite: the map takes it out of float32's range",
+        f"{tmp_path / 'none.npy'}": "unreadable: it holds no rows",
+    }
+    np.save(tmp_path / "some.npy", rows[1:2])
+    with pytest.raises(UsageError, match=r"None of the 2 queries.*no rows.*out of float32's range"):
+        run_match([tmp_path / "some.npy", tmp_path / "none.npy"], world / "s.zarr", options)
+
+
+def test_how_many_are_asked_for_changes_no_verdict(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, verdicts = [], Judge.verdicts
+
+    def judging(self: Judge, latents: Any, rows: Any) -> Any:
+        judged.append(rows)
+        return verdicts(self, latents, rows)
+
+    monkeypatch.setattr(Judge, "verdicts", judging)
+    few, many = (run_match([world / "suspects"], world / "s.zarr", MatchOptions(top=n)) for n in (1, 150))
+    np.testing.assert_array_equal(*judged)
+    for a, b in zip(few.matches, many.matches, strict=True):
+        assert a.verdict is not None
+        assert b.verdict is not None
+        assert (a.verdict.p, a.verdict.decision) == (b.verdict.p, b.verdict.decision)
+
+
 def test_a_verdict_tells_those_that_are_here_from_those_that_are_not(world: Path) -> None:
     found = run_match([world / "suspects"], world / "s.zarr")
     verdicts = {Path(m.query).stem: m.verdict for m in found.matches}
@@ -157,6 +207,41 @@ def test_an_index_changes_nothing_but_the_time(world: Path, tmp_path: Path) -> N
     late = run_match([world / "suspects" / "out 0.jpg"], store)
     assert late.matches[0].candidates[0].path == "new.png"
     assert any("latentstore index" in note for note in late.notes)
+
+
+@pytest.mark.parametrize("during", ["the search", "the calibration"])
+def test_an_index_that_is_changed_beneath_a_search(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    """An image is removed, and its place taken by a new one, while the index is read."""
+    store, images = tmp_path / "s.zarr", tmp_path / "images"
+    images.mkdir()
+    for path in sorted((world / "images").iterdir())[:60]:
+        shutil.copy(path, images)
+    run_encode(images, store, image_size=SIDE)
+    run_index(store, IndexOptions())
+    read, scans = Index.blocks, []
+
+    def changed_after(self: Index, first: int = 0) -> Iterator[Any]:
+        scans.append(self)
+        if len(scans) == 1 + (during == "the calibration"):
+            remove(store, [3])
+            picture(10_000, 64).save(images / "new.png")
+            run_encode(images, store, image_size=SIDE)
+            run_index(store, IndexOptions())
+        yield from read(self, first)
+
+    monkeypatch.setattr(Index, "blocks", changed_after)
+    found = run_match([world / "suspects" / "in 3.jpg", world / "suspects" / "out 0.jpg"], store)
+    if during == "the calibration":
+        assert "was changed while it was read" in found.no_verdict
+        assert first(found)[0][0] == "003.png"
+        return
+    assert any("was changed while it was searched" in note for note in found.notes)
+    assert found.searched == "projected for this search"
+    assert all(c.path != "003.png" for m in found.matches for c in m.candidates)
+    assert first(found)[1][0] == "new.png"
+    assert first(found)[1][1] > 0.5
 
 
 def test_what_cannot_be_done_is_refused_before_the_work(world: Path, tmp_path: Path) -> None:

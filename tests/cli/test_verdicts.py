@@ -31,7 +31,7 @@ from latentstore.results import Verdict
 from latentstore.simulate import Diffusion, GaussianPrior, translate
 from solvers.projection import Projection
 from solvers.spectrum import fit_spectrum
-from solvers.verdict import CANDIDATES, Calibration, verdict_map
+from solvers.verdict import CANDIDATES, Calibration, Decision, Rates, verdict_map
 
 SIZE = 64  # 256 numbers a latent
 RARE = 1e-4  # of what a test calls impossible
@@ -49,6 +49,10 @@ def detailed(seed: int) -> Image.Image:
     """A picture that varies in as many directions as its latent has: no few of them span a collection."""
     small = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+
+
+def unlike(first: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.zeros(len(others), bool)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +175,21 @@ def test_origins_are_found_and_strangers_are_not(few: Collection, strangers: lis
         assert v.detection_of.startswith(SIMULATED)
     told = next(v for v in other if v.decision == "no origin here")
     assert f"{judge.calibration.denied:.0%} of {told.detection_of}" in told.note
+    assert "darkened" not in told.note  # measured: the analytic map holds
+
+
+def test_what_a_decision_is_worth_is_told_once(few: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    rates = Calibration.rates
+
+    def counted(self: Calibration, decision: Decision) -> Rates:
+        asked.append(decision)
+        return rates(self, decision)
+
+    monkeypatch.setattr(Calibration, "rates", counted)
+    latents = encoded([picture(i, SIZE) for i in (*range(20), *range(60_000, 60_040))])
+    verdicts = judged(few, own_projection(few)[0], latents)[2]
+    assert len(asked) == len({v.decision for v in verdicts}) > 1
 
 
 # --- what is calibrated on -----------------------------------------------------------------------
@@ -237,6 +256,8 @@ def test_a_verdict_is_the_same_in_any_company(few: Collection, strangers: list[I
     # An approximate index may find fewer than were asked for, or nothing.
     short = np.where(np.arange(rows.shape[1]) < 15, rows, -1)
     assert judge.verdicts(latents[:2], short[:2]) == judge.verdicts(latents[:2], rows[:2, :15])
+    few_found = np.where(np.arange(rows.shape[1]) < 7, rows, -1)
+    assert {v.score for v in judge.verdicts(latents[:20], few_found[:20])} == {0.0}
     (none,) = judge.verdicts(latents[:1], np.full((1, 40), -1))
     assert (none.decision, none.score) == ("no origin here", 0)
 
@@ -244,7 +265,7 @@ def test_a_verdict_is_the_same_in_any_company(few: Collection, strangers: list[I
 def test_rows_of_the_first_ones_photo_take_nothing_of_its_lead(
     few: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six rows of one origin behind it: by label or by group they are left out. Else they take the lead."""
+    """Six rows of one origin behind it: by group or by looks they are left out. Else they take the lead."""
     W = own_projection(few)[0]
     own = encoded([attacks.jpeg(60)(picture(0, SIZE), 0)])
     judge, rows, (plain,) = judged(few, W, own)
@@ -258,13 +279,42 @@ def test_rows_of_the_first_ones_photo_take_nothing_of_its_lead(
     crowd = np.concatenate([rows[:, :1], copies[None], np.setdiff1d(rows, copies)[None]], axis=1)
     crowd = np.concatenate([crowd[:, :7], crowd[:, 7:][crowd[:, 7:] != rows[0, 0]][None]], axis=1)
     monkeypatch.setattr(few, "read", read)
-    (unknown,) = judge.verdicts(own, crowd)
-    assert unknown.score < 0.8 * plain.score
-    names[copies] = names[rows[0, 0]]
-    monkeypatch.setattr(few, "group", names)
-    (known,) = judge.verdicts(own, crowd)
     # Candidates that the copies stood in for may have been among the compared.
-    assert known.score == pytest.approx(plain.score, rel=0.1)
+    near = pytest.approx(plain.score, rel=0.1)
+    (unknown,) = judge.verdicts(own, crowd)
+    assert unknown.score == near
+    with monkeypatch.context() as blind:
+        blind.setattr(verdicts_module, "alike", unlike)
+        (collapsed,) = judge.verdicts(own, crowd)
+        assert collapsed.score < 0.8 * plain.score
+        names[copies] = names[rows[0, 0]]
+        blind.setattr(few, "group", names)
+        assert judge.verdicts(own, crowd)[0].score == near
+
+
+@pytest.mark.parametrize("copies", [10, 120])
+def test_a_crowd_of_its_own_re_saves_hides_no_origin(
+    make: Make, strangers: list[Image.Image], monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    """Re-saves of one picture that nobody grouped, some or more than are compared: it is not denied.
+
+    Strangers are let through no more often than stated. The opposite: seen as others, they bury it.
+    """
+
+    def draw(i: int) -> Image.Image:
+        return picture(i, SIZE) if i < 160 else attacks.jpeg(60 + i % 37)(picture(0, SIZE), i)
+
+    collection = make(160 + copies, draw)
+    W = own_projection(collection)[0]
+    own = np.concatenate([encoded([picture(0, SIZE)]), encoded([attacks.jpeg(80)(picture(0, SIZE), 0)])])
+    judge, rows, verdicts = judged(collection, W, own)
+    assert "no origin here" not in {v.decision for v in verdicts}
+    check_rate(judge, judged(collection, W, encoded(strangers))[2], reached=False)
+    # What is calibrated on is a picture without an origin here: no re-save of it is found.
+    if copies == 10:  # of more, the score alone is left, and is worth less
+        assert max(s.max() for s in judge.calibration.negatives.values()) < verdicts[0].score
+    monkeypatch.setattr(verdicts_module, "alike", unlike)
+    assert judge.verdicts(own, rows)[0].score < 0.95 * verdicts[0].score
 
 
 def test_a_learned_map_stands_and_its_pairs_are_left_alone(tmp_path: Path) -> None:
@@ -276,6 +326,8 @@ def test_a_learned_map_stands_and_its_pairs_are_left_alone(tmp_path: Path) -> No
     assert judge.projection.fingerprint == verdict_map(W).fingerprint
     assert set(judge.calibration.negatives) == {AS_THEY_ARE, SIMULATED, OWN}
     assert verdicts[0].detection_of == OWN
+    assert all("darkened, blurred or flattened" in v.note for v in verdicts if v.decision != "match")
+    assert "darkened" in judge._note("doubtful")
     assert judge.calibration.n == len(judge.calibration.positives) == 24  # of the validation split
 
 
@@ -294,6 +346,11 @@ def test_no_verdict_where_nothing_is_left_to_calibrate_on(tmp_path: Path, make: 
     judge, why = judge_for(trained, learned)
     assert judge is None
     assert "0 of them outside of the training split" in why
+    held_out = Collection.open(small.store.root)
+    held_out.split[:] = "test"  # all are calibrated on: none is left to simulate translations from
+    judge, why = judge_for(held_out, learned)
+    assert judge is None
+    assert "the collection has 0 of them (20 needed)" in why
     # A map that can be fitted again needs no held-out split.
     assert judge_for(trained, own_projection(trained)[0])[0] is not None
     assert not (tmp_path / "s.zarr/projections").joinpath("verdict").exists()

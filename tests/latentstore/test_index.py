@@ -194,6 +194,22 @@ def test_a_removal_takes_the_bytes_out_at_once_and_no_image_is_projected_again(s
     assert copy.data_hash != open_store(store.root).data_hash()
 
 
+def test_it_knows_that_it_was_changed_since_it_was_opened(store):
+    index, _ = update(store)
+    assert not index.changed()
+    remove(store.root, [7])
+    assert index.changed()
+    index = Index.open(index.folder)
+    assert not index.changed()
+    # While it is being changed, too: before the first reference is.
+    seen = []
+    update(grown(store.root, 600), by=lambda x: (seen.append(index.changed()), project(x))[1])
+    assert all(seen)
+    index = Index.open(index.folder)
+    indexing.drop(index.folder)
+    assert index.changed()
+
+
 def test_a_removal_takes_the_bytes_out_before_it_turns_to_the_shards(store, monkeypatch):
     index, _ = update(store)
     monkeypatch.setattr(removal, "finish", lambda root: 1 / 0)

@@ -270,6 +270,19 @@ def test_the_bound_of_a_16_bit_scan_holds_and_is_needed(dtype):
             assert (error / limit).max() > 0.3, "two thirds of the bound are the worst case's own"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("power", [-126, -140, -149])
+def test_a_16_bit_scan_of_references_at_the_end_of_float32s_range(dtype, power):
+    """What would make their norms 1 is itself beyond float32."""
+    queries, refs = (np.sign(x) for x in random_world(50, 5, 16))
+    refs = np.ldexp(refs, power) * (np.arange(50)[:, None] % 3 == 0)
+    largest = float(np.linalg.norm(refs.astype(np.float64), axis=1).max())
+    scores, rows = top_k(queries, [(np.arange(50), refs)], 5, backend="torch", scan=dtype, largest=largest)
+    expected = brute_force(queries, refs, 5)
+    np.testing.assert_array_equal(scores, expected[0])
+    np.testing.assert_array_equal(rows, expected[1])
+
+
 def test_the_bound_of_float32_holds_in_any_order_of_summation():
     rng = np.random.default_rng(4)
     q = rng.uniform(0.5, 1, (1, 4096)).astype(np.float32)  # one sign: the sums grow, and so do their errors

@@ -11,7 +11,16 @@ from solvers.analytic import Analytic
 from solvers.closed import PairData, Pca, Plda
 from solvers.errors import ProjectionFormatError, SolverUsageError
 from solvers.projection import Projection
-from solvers.verdict import CANDIDATES, Calibration, exact_interval, pair_scores, standing, verdict_map
+from solvers.verdict import (
+    CANDIDATES,
+    LEAD,
+    Calibration,
+    alike,
+    exact_interval,
+    pair_scores,
+    standing,
+    verdict_map,
+)
 
 DRAWS = {
     "normal": lambda rng, n: rng.standard_normal(n),
@@ -208,20 +217,28 @@ def test_standing_is_the_score_times_the_cube_root_of_its_lead():
     assert np.array_equal(standing(first, best), standing(first, others))
 
 
-def test_nothing_is_told_where_nothing_can_be_compared():
+def test_the_score_decides_where_nothing_can_be_compared():
     first, others = np.array([0.9]), np.linspace(0, 0.5, 30)[None]
-    assert standing(first, others[:, :6]) == 0  # four beyond the two
-    assert standing(first, others[:, :7]) > 0
-    assert standing(first, others[:, :0]) == 0
-    assert standing(first, np.full((1, 30), np.nan)) == 0
+    alone = first * LEAD ** (1 / 3)
+    assert standing(first, others[:, :6]) == pytest.approx(alone)  # four beyond the two
+    assert standing(first, others[:, :7]) != pytest.approx(alone)
+    assert standing(first, others[:, :0]) == pytest.approx(alone)
+    assert standing(first, np.full((1, 30), np.nan)) == pytest.approx(alone)
     # Equal but for rounding: a lead of billions would be noise.
-    assert standing(first, 0.3 + 1e-16 * others) == 0
-    assert standing(first, 0.3 * (1 + 1e-14 * others)) == 0
-    assert standing(first, np.zeros((1, 30))) == 0
+    assert standing(first, 0.3 + 1e-16 * others) == pytest.approx(alone)
+    assert standing(first, 0.3 * (1 + 1e-14 * others)) == pytest.approx(alone)
+    assert standing(first, np.zeros((1, 30))) == pytest.approx(alone)
+    assert standing(-first, others[:, :0]) == 0
     assert standing(-first, others - 2) == 0
     assert standing(np.array([0.1]), others) == 0  # below those that it is compared with
     assert standing(np.array([np.nan]), others) == 0
     assert standing(np.zeros(0), np.zeros((0, 30))).shape == (0,)
+
+
+def test_what_looks_like_the_first_one_is_no_company():
+    turned = np.array([[np.cos(a), np.sin(a)] for a in (0.0, 0.1, 0.3, 0.4, np.pi)])
+    assert alike(turned[0], turned).tolist() == [True, True, True, False, False]  # cos 0.3 = 0.955
+    assert alike(turned[0], turned, 0.98).tolist() == [True, True, False, False, False]
 
 
 def test_two_near_duplicates_do_not_take_a_lead_and_three_do():
