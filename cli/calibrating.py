@@ -50,7 +50,7 @@ MOST, FEW = 2000, 100
 """Photos to calibrate on at most; where fewer than the second are held out, others fill up to half of all."""
 ALPHA_BAR, PROMPT, SEED = 0.1, 0.3, 0
 """Of the simulated translations, where the map has no noise level of its own."""
-_PRIOR_ROWS, _BLOCK, _NOISE_BLOCK = 8192, 8192, 256
+_PRIOR_ROWS, _NOISE_BLOCK = 8192, 256
 _READ, _QUERIES = 1024, 256
 """Rows that are read at a time, and queries whose references are compared."""
 _STEPPED = 255
@@ -162,10 +162,10 @@ def calibrate(
     shown = OWN if OWN in asked else SIMULATED
     latents, own = asked[shown]
     queries = np.asarray(W.queries(latents), np.float32)
-    first = search.top_k(queries, _counted(blocks() if blocks else _projected(collection, W), count), 1)[1][
+    first = search.top_k(queries, _counted(blocks() if blocks else collection.projected(W), count), 1)[1][
         :, 0
     ]
-    ranked = _ranked(collection, V, asked, photos, _counted(_projected(collection, V), count))
+    ranked = _ranked(collection, V, asked, photos, _counted(collection.projected(V), count))
     company = _Company(collection, V, photos)
     mark = photos.shown_by(collection, first)
     positives = company.standing(pair_scores(V, latents, collection.read(first)), first, *ranked[shown])
@@ -313,13 +313,6 @@ def references_of(
     # In float64: a verdict is the same in any company.
     references = np.concatenate([V.references(x.astype(np.float64)) for x in parts])
     return references, at.reshape(rows.shape)  # NumPy 2.0 and 2.1 differ in what they return
-
-
-def _projected(collection: Collection, projection: Projection) -> Iterator[Block]:
-    rows = collection.gallery
-    spans = [rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK)]
-    for span, latents in zip(spans, streams.ahead(collection.read, spans), strict=True):
-        yield span, np.asarray(projection.references(latents), np.float32)
 
 
 def _counted(blocks: Iterable[Block], count: OnRows) -> Iterator[Block]:

@@ -322,6 +322,13 @@ class Collection:
             whole = np.pad(block, ((0, missing), (0, 0))) if missing else block
             yield np.asarray(projection.references(whole), np.float32)[: len(block)]
 
+    def projected(self, projection: Projection) -> Iterator[tuple[Rows, npt.NDArray[np.float32]]]:
+        """Yield the gallery as (rows, rows projected as references), block by block."""
+        at = 0
+        for block in self.reference_blocks(projection, self.gallery):
+            yield self.gallery[at : at + len(block)], block
+            at += len(block)
+
     def project_queries(self, projection: Projection, rows: Rows) -> npt.NDArray[np.float32]:
         """Return rows projected as queries, (n, m)."""
         return _stack([projection.queries(b) for b in self.blocks(rows)])

@@ -263,10 +263,7 @@ def _blocks(found: _Searched) -> Iterator[Block]:
         yield from found.index.blocks()
         _require_unchanged(found.index)
         return
-    gallery, at = found.collection.gallery, 0
-    for block in found.collection.reference_blocks(found.W, gallery):
-        yield gallery[at : at + len(block)], block
-        at += len(block)
+    yield from found.collection.projected(found.W)
 
 
 def _hidden(collection: Collection, top: int) -> int:

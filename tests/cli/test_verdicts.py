@@ -145,7 +145,7 @@ def test_it_holds_for_a_map_that_has_seen_the_photos(
         ranked = calibrating._ranked
 
         def by_itself(collection: Collection, V: Projection, asked: Any, photos: Photos, blocks: Any) -> Any:
-            return ranked(collection, W, asked, photos, calibrating._projected(collection, W))
+            return ranked(collection, W, asked, photos, collection.projected(W))
 
         monkeypatch.setattr(calibrating, "_ranked", by_itself)
     judge, rows, _ = judged(collection, W, new)
