@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from latentstore import images
 from latentstore.encoders import PatchEncoder, patches, to_unit
+from latentstore.errors import ImageError
 from latentstore.manifest import IMAGE_SUFFIXES
 
 CHANNELS = 4
@@ -29,10 +30,20 @@ SIZE = 256
 
 
 def read_photos(sources: list[Path]) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
-    """Yield (name, (256, 256, 3) uint8 array) of every image in folders and tar files."""
+    """Yield (name, (256, 256, 3) uint8 array) of every image in folders and tar files.
+
+    Raises
+    ------
+    ImageError
+        One of them is damaged: weights should not depend on what was skipped.
+    """
     for source in sources:
         for name, data in _files(source):
-            image, _ = images.decode(data)
+            try:
+                image, _ = images.decode(data)
+            except ImageError as exc:
+                reason = f"{name} in {source} cannot be trained on: {exc.reason}. Mend it, or take it out."
+                raise ImageError(exc.status, reason) from exc
             yield name, images.resize(image, SIZE)
 
 

@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m latentstore.training.tiny PHOTOS [PHOTOS …] [--out FOLDER] [--work FOLDER]
 
+``--network deep`` trains another one (16 x 16 x 16) for the miniature world's second diffusion model.
+
 ``PHOTOS`` are folders or tar files of photographs. One in ten, by hash of the file name, is held out for
 the figures in the card. ``--work`` keeps a checkpoint and a log: the same command goes on where it stopped.
 Writes the model in the form of diffusers, ``card.json`` with its figures and the card ``README.md``.
@@ -11,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,63 +27,78 @@ from torch.nn import functional as F  # noqa: N812
 
 from latentstore.errors import LatentStoreError, UsageError
 from latentstore.training.fit_patch import SIZE, held_out, read_photos
+from latentstore.training.loop import Run, Schedule, train_and_log
 from latentstore.training.tiny_card import write_card
 
 Photos = npt.NDArray[np.uint8]
-CHECKPOINT_EVERY = 500
-"""Steps between checkpoints, and between lines of the log."""
+TINY = Path(__file__).parent.parent / "data" / "tiny"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Schedule):
     """What the weights depend on, beside the photos.
 
     Attributes
     ----------
-    steps, batch, crop : int
-        Of training: ``batch`` crops of ``crop`` x ``crop`` pixels a step.
-    rate : float
-        Learning rate, reached in ``warm_up`` steps; flat, then a half cosine down to 0 over the last ``fall``
-        of the steps. So ``steps`` may be changed on the way, until the fall begins.
+    steps, rate, warm_up, fall, clip, average, seed
+        See :class:`Schedule`.
+    batch, crop : int
+        ``batch`` crops of ``crop`` x ``crop`` pixels a step.
     noise : float
         Standard deviation of the noise that is added to latents in training, where their mean square is held
         near 1: no detail of a picture hangs on less, so half precision or another small change costs none.
     gauge : float
         Weight of what draws the latents' mean to 0 and their mean square to 1. A decoder can undo any scale,
         so this costs next to nothing.
-    clip : float
-        Largest norm of a gradient.
-    average : float
-        Decay of the running mean of the weights, which is what is kept.
-    seed : int
     """
 
     steps: int = 14_000
+    clip: float = 0.1
     batch: int = 8
     crop: int = 64
-    rate: float = 1e-3
-    warm_up: int = 500
-    fall: float = 0.5
     noise: float = 0.03
     gauge: float = 1e-2
-    clip: float = 0.1
-    average: float = 0.999
-    seed: int = 0
-
-    @property
-    def falls_at(self) -> int:
-        """The step at which the learning rate begins to fall."""
-        return round(self.steps * (1 - self.fall))
-
-    def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        left = min(1.0, (self.steps - step) / (self.steps - self.falls_at))
-        return self.rate * min(1.0, (step + 1) / self.warm_up) * float(1 - np.cos(np.pi * left)) / 2
 
 
-def build(seed: int = 0) -> AutoencoderTiny:
-    """Return the untrained network.
+@dataclass(frozen=True)
+class Network:
+    """An autoencoder that can be trained here.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        What it is trained by unless told otherwise.
+    channels : int
+        Of the latents.
+    widths : (int, int)
+        Channels of the encoder's and the decoder's layers.
+    encoder_blocks, decoder_blocks : tuple of int
+        Residual blocks a resolution, from full resolution to latents and back; none where there are most
+        pixels (the first two, the last two).
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    channels: int = 4
+    widths: tuple[int, int] = (48, 64)
+    encoder_blocks: tuple[int, ...] = (0, 0, 1, 4)
+    decoder_blocks: tuple[int, ...] = (6, 2, 0, 0)
+
+
+NETWORKS = {
+    "tiny": Network(),
+    # As many numbers, arranged otherwise: the autoencoder of the miniature world's model B.
+    "deep": Network(
+        recipe=Recipe(steps=7_000, batch=4, crop=96, seed=1),
+        channels=16,
+        encoder_blocks=(0, 0, 1, 1, 4),
+        decoder_blocks=(5, 2, 1, 0, 0),
+    ),
+}
+
+
+def build(seed: int = 0, network: Network | None = None) -> AutoencoderTiny:
+    """Return the untrained network, :data:`NETWORKS`' ``tiny`` unless another is given.
 
     ``AutoencoderTiny`` begins and ends with convolutions at full resolution. They are set to rearrange and
     not trained: the encoder's first gathers each pixel and its right, lower and diagonal neighbours into
@@ -92,12 +106,15 @@ def build(seed: int = 0) -> AutoencoderTiny:
     pixels; the decoder's last but one passes its channels through. :func:`encode` and :func:`decode` leave
     them out, at the same result: training costs less than half.
     """
+    network = network or NETWORKS["tiny"]
+    encoder_width, decoder_width = network.widths
     torch.manual_seed(seed)
     model = AutoencoderTiny(
-        encoder_block_out_channels=(48,) * 4,
-        decoder_block_out_channels=(64,) * 4,
-        num_encoder_blocks=(0, 0, 1, 4),
-        num_decoder_blocks=(6, 2, 0, 0),
+        encoder_block_out_channels=(encoder_width,) * len(network.encoder_blocks),
+        decoder_block_out_channels=(decoder_width,) * len(network.decoder_blocks),
+        num_encoder_blocks=network.encoder_blocks,
+        num_decoder_blocks=network.decoder_blocks,
+        latent_channels=network.channels,
     )
     gather, halve, first = model.encoder.layers[:3]
     through = model.decoder.layers[-2]
@@ -157,30 +174,25 @@ def as_input(pixels: Photos) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-class Trainer:
-    """The state of a training run, all of it: what a checkpoint holds.
+class Trainer(Run):
+    """A training run.
 
     Attributes
     ----------
     model : AutoencoderTiny
         With the weights of this step.
-    step : int
-        Steps that are done.
     """
 
-    def __init__(self, recipe: Recipe, photos: Photos) -> None:
-        self.recipe = recipe
-        self.photos = photos
-        self.step = 0
-        self.model = build(recipe.seed)
-        self._learned = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        self._mean = {k: p.detach().clone() for k, p in self._learned.items()}
-        self._optimiser = torch.optim.AdamW(
-            self._learned.values(), lr=recipe.rate, betas=(0.9, 0.99), fused=True
-        )
+    recipe: Recipe
 
-    def advance(self) -> float:
-        """Take one step, and return its mean squared error (of pixels in [-1, 1])."""
+    def __init__(self, recipe: Recipe, photos: Photos, network: Network | None = None) -> None:
+        self.photos, self.network = photos, network
+        self.model = build(recipe.seed, network)
+        learned = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        super().__init__(recipe, learned, hashlib.sha256(photos[:, ::16, ::16].tobytes()).hexdigest())
+
+    def loss(self) -> tuple[torch.Tensor, float]:
+        """Return the loss, and the mean squared error of pixels in [-1, 1]."""
         recipe = self.recipe
         x = crops(self.photos, recipe, self.step)
         draws = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
@@ -192,106 +204,70 @@ class Trainer:
         error = F.mse_loss(back.float(), x)
         latents = latents.float()
         gauge = latents.mean((0, 2, 3)).square().mean() + (latents.square().mean() - 1).square()
-        (error + recipe.gauge * gauge).backward()
-        torch.nn.utils.clip_grad_norm_(self._learned.values(), recipe.clip)
-        self._optimiser.param_groups[0]["lr"] = recipe.rate_at(self.step)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        share = 1 - min(recipe.average, (1 + self.step) / (10 + self.step))
-        now = [p.detach() for p in self._learned.values()]
-        torch._foreach_lerp_(list(self._mean.values()), now, share)
-        self.step += 1
-        return float(error.detach())
+        return error + recipe.gauge * gauge, float(error.detach())
+
+    def said_of(self, errors: Sequence[float]) -> dict[str, float]:
+        """Return the peak signal-to-noise ratio of the crops."""
+        return {"psnr_of_crops_db": round(10 * float(np.log10(4 / np.mean(errors))), 2)}
 
     def averaged(self) -> AutoencoderTiny:
         """Return the network with the running mean of the weights, in half precision."""
-        model = build(self.recipe.seed)
-        model.load_state_dict(self._mean, strict=False)
+        model = build(self.recipe.seed, self.network)
+        model.load_state_dict(self.mean, strict=False)
         return model.half().eval().requires_grad_(False)
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
-        state = {
-            "recipe": asdict(self.recipe),
-            "photos": self._fingerprint(),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "mean": self._mean,
-            "optimiser": self._optimiser.state_dict(),
-        }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises
-        ------
-        UsageError
-            It is of another recipe or of other photos, or was past the step at which a new number of steps
-            lets the learning rate fall.
-        """
-        state = torch.load(path, weights_only=True)
-        mine, then = asdict(self.recipe), dict(state["recipe"])
-        late = state["step"] > min(self.recipe.falls_at, Recipe(**then).falls_at)
-        if mine["steps"] != then["steps"] and not late:
-            then["steps"] = mine["steps"]
-        if (mine, self._fingerprint()) != (then, state["photos"]):
-            raise UsageError(
-                f"{path} is a checkpoint of another run, at step {state['step']}: recipe {then} with photos "
-                f"{state['photos'][:8]}, here {mine} with {self._fingerprint()[:8]}. Name another --work, or "
-                "delete it."
-            )
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self._mean = state["mean"]
-        self._optimiser.load_state_dict(state["optimiser"])
-
-    def _fingerprint(self) -> str:
-        return hashlib.sha256(self.photos[:, ::16, ::16].tobytes()).hexdigest()
-
-
-def train(trainer: Trainer, work: Path) -> Iterator[dict[str, Any]]:
-    """Take the steps that the checkpoint in ``work`` has not, and yield a line of the log now and then."""
-    checkpoint = work / "checkpoint.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-    errors: list[float] = []
-    began = time.process_time()
-    while trainer.step < trainer.recipe.steps:
-        errors.append(trainer.advance())
-        if trainer.step % CHECKPOINT_EVERY and trainer.step < trainer.recipe.steps:
-            continue
-        trainer.save(checkpoint)
-        spent = time.process_time() - began
-        yield {
-            "step": trainer.step,
-            "psnr_of_crops_db": round(10 * float(np.log10(4 / np.mean(errors))), 2),
-            "rate": round(trainer.recipe.rate_at(trainer.step), 6),
-            "cpu_seconds": round(spent, 1),
-        }
-        errors, began = [], time.process_time()
 
 
 def main() -> int:
     """Train, write, measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("photos", nargs="+", type=Path, help="folders or tar files of photographs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "data" / "tiny")
+    parser.add_argument("--network", choices=sorted(NETWORKS), default="tiny")
+    parser.add_argument("--out", type=Path, help="the package's own folder of `tiny`, unless told otherwise")
     parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="for checkpoint and log")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
+    if args.out is None and args.network != "tiny":
+        parser.error(f"--network {args.network} wants a folder: --out FOLDER")
+    recipe = NETWORKS[args.network].recipe
+    if args.steps is not None:
+        recipe = replace(recipe, steps=args.steps)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        run(args.photos, args.out, args.work, Recipe(steps=args.steps))
+        run(args.photos, args.out or TINY, args.work, recipe, args.network)
     except (LatentStoreError, OSError) as exc:
         _log.error("%s", exc)
         return getattr(exc, "exit_code", 1)
     return 0
 
 
-def run(sources: list[Path], out: Path, work: Path, recipe: Recipe) -> None:
+def split(sources: Sequence[Path]) -> tuple[list[str], Photos, list[str], Photos]:
+    """Read photos and hold one in ten out: names and (n, 256, 256, 3) pixels to learn from, then the others.
+
+    Raises
+    ------
+    UsageError
+        A wrong path, or too few photos.
+    ImageError
+        One of the photos is damaged.
+    """
+    for source in sources:
+        if not source.exists():
+            raise UsageError(f"There is no {source}: name a folder or a tar file with photographs.")
+    learned: list[tuple[str, Photos]] = []
+    kept: list[tuple[str, Photos]] = []
+    for name, photo in read_photos(list(sources)):
+        (kept if held_out(name) else learned).append((name, photo))
+    if not learned or not kept:
+        raise UsageError(
+            f"{len(learned)} photos to learn from and {len(kept)} held out in "
+            f"{', '.join(map(str, sources))}: each must be at least 1. Name a folder or a tar file with some "
+            "hundreds of photographs."
+        )
+    (names, photos), (others, unseen) = (zip(*part, strict=True) for part in (learned, kept))
+    return list(names), np.stack(photos), list(others), np.stack(unseen)
+
+
+def run(sources: list[Path], out: Path, work: Path, recipe: Recipe, network: str = "tiny") -> None:
     """Train on nine tenths of the photos, and write the model with what it does on the last tenth.
 
     Raises
@@ -303,31 +279,13 @@ def run(sources: list[Path], out: Path, work: Path, recipe: Recipe) -> None:
     """
     if recipe.steps < 1:
         raise UsageError(f"--steps is {recipe.steps}; training takes at least 1.")
-    for source in sources:
-        if not source.exists():
-            raise UsageError(f"There is no {source}: name a folder or a tar file with photographs.")
-    learned: list[Photos] = []
-    kept: list[Photos] = []
-    for name, photo in read_photos(sources):
-        (kept if held_out(name) else learned).append(photo)
-    if not learned or not kept:
-        raise UsageError(
-            f"{len(learned)} photos to learn from and {len(kept)} held out in "
-            f"{', '.join(map(str, sources))}: each must be at least 1. Name a folder or a tar file with some "
-            "hundreds of photographs."
-        )
-    photos, unseen = np.stack(learned), np.stack(kept)
-    trainer = Trainer(recipe, photos)
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "log.jsonl").open("a", encoding="utf-8") as log:
-        for line in train(trainer, work):
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            _log.info("%s", json.dumps(line))
+    _, photos, _, unseen = split(sources)
+    trainer = Trainer(recipe, photos, NETWORKS[network])
+    train_and_log(trainer, work)
     trainer.averaged().save_pretrained(out)
     for file in out.iterdir():
         file.chmod(0o644)  # safetensors lets nobody else read what it writes
-    write_card(out, asdict(recipe), photos, unseen)
+    write_card(out, asdict(recipe), photos, unseen, network)
     _log.info("%s", (out / "card.json").read_text(encoding="utf-8"))
 
 

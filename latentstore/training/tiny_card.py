@@ -54,8 +54,10 @@ resized to 256 x 256 pixels. None of the photos is part of this package.
 """
 
 
-def write_card(out: Path, recipe: dict[str, Any], learned: Photos, kept: Photos) -> None:
-    """Measure the model in ``out``, note its latents' scale there, and write ``card.json`` and ``README.md``.
+def write_card(out: Path, recipe: dict[str, Any], learned: Photos, kept: Photos, network: str) -> None:
+    """Measure the model in ``out``, note its latents' scale there, and write ``card.json``.
+
+    ``tiny`` gets a ``README.md``, too.
 
     Parameters
     ----------
@@ -65,6 +67,8 @@ def write_card(out: Path, recipe: dict[str, Any], learned: Photos, kept: Photos)
         Of the training, for the card.
     learned, kept : (n, 256, 256, 3) uint8 arrays
         The photos of the training, of which every tenth is measured, and those that were held out.
+    network : str
+        Its name.
     """
     encoder = DiffusersEncoder(str(out), device="cpu")
     latents = encode_all(encoder, learned[::10])
@@ -74,9 +78,11 @@ def write_card(out: Path, recipe: dict[str, Any], learned: Photos, kept: Photos)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model = AutoencoderTiny.from_pretrained(out, torch_dtype=torch.float32).eval().requires_grad_(False)
     patch = PatchEncoder()
+    shape = " x ".join(map(str, encoder.space.latent_shape))
+    by_channel = latents.reshape(len(latents), encoder.space.latent_shape[0], -1)
     card: dict[str, Any] = {
-        "name": "tiny",
-        "what": "AutoencoderTiny, 256 x 256 pixels to 4 x 32 x 32 numbers, trained from scratch",
+        "name": network,
+        "what": f"AutoencoderTiny, 256 x 256 pixels to {shape} numbers, trained from scratch",
         "for": "matching without a download; it was trained on squared error and some thousand photos",
         "photos_fitted": len(learned),
         "photos_held_out": len(kept),
@@ -91,15 +97,18 @@ def write_card(out: Path, recipe: dict[str, Any], learned: Photos, kept: Photos)
         "patch_bytes": PATCH.stat().st_size,
         "latents_mean": round(float(latents.mean(dtype=np.float64)), 3),
         "latents_std": round(float(latents.std(dtype=np.float64)), 3),
-        "latents_std_by_channel": [round(float(s), 3) for s in latents.reshape(-1, 4, 1024).std((0, 2))],
+        "latents_std_by_channel": [round(float(s), 3) for s in by_channel.std((0, 2))],
         "scaling_factor": scaling,
         "weights_sha256": hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest(),
         "recipe": recipe,
         "data": f"{len(learned) + len(kept):,} photographs from GitHub mirrors of clothing-dataset-small "
         "(CC0-1.0), GroceryStoreDataset (MIT) and Caltech-101 (CC-BY-4.0, CaltechDATA D1.20086)",
-        "command": "OMP_NUM_THREADS=1 python -m latentstore.training.tiny PHOTOS",
+        "command": "OMP_NUM_THREADS=1 python -m latentstore.training.tiny PHOTOS"
+        + ("" if network == "tiny" else f" --network {network} --out FOLDER"),
     }
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    if network != "tiny":
+        return
     text = CARD.format(**card, steps=recipe["steps"], seed=recipe["seed"])
     (out / "README.md").write_text(text, encoding="utf-8")
 

@@ -15,7 +15,8 @@ import latentstore
 from latentstore import images, photos
 from latentstore.encoders import PatchEncoder, load_encoder
 from latentstore.errors import UsageError
-from latentstore.training.tiny import Recipe, Trainer, as_input, build, crops, decode, encode, train
+from latentstore.training.loop import train
+from latentstore.training.tiny import Recipe, Trainer, as_input, build, crops, decode, encode
 from latentstore.training.tiny_card import WEIGHTS, psnr, through_patch, through_tiny
 
 TINY = Path(latentstore.__file__).parent / "data" / "tiny"
