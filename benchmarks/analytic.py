@@ -78,7 +78,7 @@ def load(folder: Path) -> Latents:
 
     The first QUERIES photos are the ones on which methods were tried out; none of them is asked for here.
     """
-    encoder = load_encoder()
+    encoder = load_encoder("patch")
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".png"))
     order = np.random.default_rng(0).permutation(len(paths))
     order = np.roll(order, -QUERIES)

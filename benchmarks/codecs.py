@@ -35,7 +35,7 @@ OUT = Path(__file__).parent / "results" / "codecs.json"
 
 def latents_of(images: Path, work: Path) -> np.ndarray:
     """Return float16 latents of the folder's images, repeated to ROWS rows."""
-    encode(Source(images), work / "photos.zarr", load_encoder())
+    encode(Source(images), work / "photos.zarr", load_encoder("patch"))
     store = open_store(work / "photos.zarr")
     rows = store.reader.gather(np.flatnonzero(store.status() == OK))
     return np.resize(rows, (ROWS, rows.shape[1]))

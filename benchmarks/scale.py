@@ -51,7 +51,7 @@ def encode_one(folder: Path, store: Path, workers: int | None) -> dict[str, Any]
     """Run the command in this process and say what it took; Linux gives kilobytes."""
     from cli.app import main as latentstore
 
-    options = ["--image-size", str(SIZE), "--shard-rows", str(SHARD_ROWS), "--json"]
+    options = ["--encoder", "patch", "--image-size", str(SIZE), "--shard-rows", str(SHARD_ROWS), "--json"]
     options += [] if workers is None else ["--workers", str(workers)]
     sys.argv = ["latentstore", "encode", str(folder), "--store", str(store), *options]
     printed = io.StringIO()

@@ -17,6 +17,7 @@ from cli import (
     report_command,
     store_commands,
     study_commands,
+    translate_command,
 )
 from latentstore import __version__
 
@@ -58,6 +59,7 @@ COMMANDS = (
     *report_command.COMMANDS,
     *attack_command.COMMANDS,
     *evaluate_command.COMMANDS,
+    *translate_command.COMMANDS,
 )
 for _command in COMMANDS:
     app.command()(_command)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cli import account, failures, measure
+from cli import account, demo_world, failures, measure
 from cli.collection import Collection, Queries
 from cli.ranked import Asked, rankings
 from cli.solving import SolveOptions, fit
@@ -31,7 +31,7 @@ from solvers.projection import Projection
 
 METHODS = ("svd", "gnull", "analytic", "cosface")
 ATTACKS = (attacks.jpeg(5), attacks.crop(0.9), attacks.crop(0.8))
-HEADLINE = "attacked pixels"
+HEADLINE = "attacked pictures"
 DIFFUSION = Diffusion(alpha_bar=0.2, prompt=0.3)
 PER_ORIGIN = 4
 MAX_QUERIES = 200
@@ -102,6 +102,12 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
     gallery, pairs = Collection.open(out / "latents.zarr"), Collection.open(out / "simulated.zarr")
     with stage("attack the test pictures, encode"):
         attacked = _attacked(gallery, root, options)
+    made: Collection | None = None
+    if demo_world.models():
+        with stage("translate from prompts, encode"):
+            made = demo_world.translated(
+                out / "latents.zarr", out, encoder=DEFAULT, image_size=options.image_size
+            )
 
     rank = min(options.rank, gallery.store.layout.dim)
     maps: dict[str, Projection] = {}
@@ -120,7 +126,7 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
 
     with stage("evaluate"):
         control_set = measure.fit_controls(gallery, rank)
-        groups = _groups(attacked, pairs)
+        groups = _groups(attacked, pairs, made)
         evaluations = [measure.evaluate(gallery, q, maps, control_set) for q in groups]
         for evaluation in evaluations:
             figures += evaluation.figures
@@ -146,19 +152,20 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
             "image size": options.image_size,
             "simulated translations": f"{PER_ORIGIN} an origin, {DIFFUSION.name}",
             "attacks": ", ".join(a.name for a in ATTACKS),
+            **(_translations() if made else {}),
             results.CHOSEN: best,
         },
         reproduce=[command or "latentstore demo", *_commands(out, rank)],
         figures=figures,
         curves=curves,
         matches=matches,
-        caveats=_caveats(gallery, pairs, options),
+        caveats=_caveats(gallery, pairs, options, world=made is not None),
         timings=stage.times,
         **results.stamp(),
     )
     report.write(out / "report.json")
     write_html(report, out / "report.html")
-    shown = [HEADLINE, groups[-1].group]
+    shown = list(dict.fromkeys([groups[0].group, HEADLINE, groups[-1].group]))
     return DemoResult(report, (out / "report.html").absolute(), (out / "report.json").absolute(), shown)
 
 
@@ -231,11 +238,12 @@ def _attacked(gallery: Collection, root: Path, options: DemoOptions) -> Collecti
     return Collection.open(options.out / "attacked.zarr")
 
 
-def _groups(attacked: Collection, pairs: Collection) -> list[Queries]:
-    """Return the query groups: all attacks (the headline), each attack, and the oracle."""
+def _groups(attacked: Collection, pairs: Collection, made: Collection | None) -> list[Queries]:
+    """Return the query groups: translations, if any (the headline), attacks, each attack, and the oracle."""
     rows = attacked.queries("test").rows
     each = [Queries(attacked, rows[attacked.model[rows] == a.name], a.name) for a in ATTACKS]
-    return [Queries(attacked, rows, HEADLINE), *each, pairs.queries("test")]
+    first = demo_world.groups(made) if made else []
+    return [*first, Queries(attacked, rows, HEADLINE), *each, pairs.queries("test")]
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -286,12 +294,12 @@ def _rank(gallery: Collection, queries: Queries, projection: Projection) -> Rank
 def _summary(
     evaluation: measure.Evaluation, best: str, gallery: Collection, queries: Queries, options: DemoOptions
 ) -> list[str]:
-    ranking = evaluation.rankings[best, HEADLINE]
+    ranking = evaluation.rankings[best, queries.group]
     n, found = len(ranking.ap), int(ranking.hit1.sum())
     test_photos = len(set(queries.collection.group[queries.rows].tolist()))
     what = "tiles of photographs" if options.images is None else "pictures"
     lead = (
-        f"{n} attacked pictures were searched among {len(gallery.gallery)} {what}; with the W of "
+        f"{n} {queries.group} were searched among {len(gallery.gallery)} {what}; with the W of "
         f"method {best} (chosen on validation) the origin came first for {found} of them ({found / n:.0%}). "
         f"They come from {test_photos} photograph{'s' * (test_photos != 1)} kept out of every pair and "
         "every choice."
@@ -322,13 +330,21 @@ def _data(
         "validation": count("validation"),
         "test": count("test"),
         "simulated training pairs": len(pairs.pairs("train")[1]),
-        "attacked queries": len(groups[0].rows),
+        **{f"queries, {q.group}": len(q.rows) for q in groups if q.group in (HEADLINE, demo_world.HEADLINE)},
         "dimension": gallery.store.layout.dim,
         "space": gallery.store.space.id,
     }
 
 
-def _caveats(gallery: Collection, pairs: Collection, options: DemoOptions) -> list[str]:
+def _translations() -> dict[str, str]:
+    """Return how the prompted translations were made."""
+    return {
+        demo_world.HEADLINE: f"{demo_world.ORIGINS} originals by each of {', '.join(demo_world.models())}, "
+        f"strength {demo_world.STRENGTH}, {demo_world.STEPS} steps, guidance {demo_world.GUIDANCE}"
+    }
+
+
+def _caveats(gallery: Collection, pairs: Collection, options: DemoOptions, *, world: bool) -> list[str]:
     n = len(set(gallery.group.tolist()))
     tests = len(set(gallery.group[gallery.split == "test"].tolist()))
     out = []
@@ -339,8 +355,14 @@ def _caveats(gallery: Collection, pairs: Collection, options: DemoOptions) -> li
             "and one of two stereo views were left out."
         )
     n_pairs, dim = len(pairs.pairs("train")[1]), gallery.store.layout.dim
+    if world:
+        out.append(
+            "The translations are made from text prompts by two small diffusion models, trained from scratch "
+            "on some thousand photographs (latentstore/data/world): what they do is what published models "
+            "do, and their pictures are much worse. No W was fitted on translations by them."
+        )
     out.append(
-        "Attacked pixels are not translations by a diffusion model. They are real pixels, encoded for real; "
+        "Attacked pictures are no translations by a diffusion model. They are real pixels, encoded for real; "
         "JPEG and crop only stand in for what happens to pictures on their way."
     )
     out.append(
@@ -348,8 +370,8 @@ def _caveats(gallery: Collection, pairs: Collection, options: DemoOptions) -> li
         "answer, but no text-guided network. The analytic map assumes a model of that kind."
     )
     out.append(
-        "The encoder patch is linear and learned nothing of what pictures show; with a VAE (--encoder) the "
-        "figures differ."
+        f"The encoder {DEFAULT} is a small autoencoder, trained on some thousand photographs; with that of a "
+        "published diffusion model (latentstore encode --encoder) the figures differ."
     )
     if n_pairs < dim:
         out.append(

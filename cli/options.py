@@ -57,6 +57,15 @@ class Mode(StrEnum):
     mean = "mean"
 
 
+class SplitOption(StrEnum):
+    """Whose images."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+    all = "all"
+
+
 class BackendOption(StrEnum):
     """What searches."""
 

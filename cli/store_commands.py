@@ -134,7 +134,7 @@ def plan(
         ),
     ] = None,
     store: Store = STORE,
-    encoder: Annotated[str | None, typer.Option(help="As for encode.", show_default="patch")] = None,
+    encoder: Annotated[str | None, typer.Option(help="As for encode.", show_default="tiny")] = None,
     manifest: Annotated[Path | None, typer.Option(help="As for encode.")] = None,
     rows: Annotated[
         list[int] | None,

@@ -52,7 +52,7 @@ class ManifestError(UsageError):
 
 
 class EncoderError(UsageError):
-    """The encoder is unknown, cannot be loaded, or is not an image autoencoder."""
+    """The encoder, or a model that translates, is unknown, cannot be loaded, or of the wrong kind."""
 
 
 class EncoderUnreachableError(EncoderError):

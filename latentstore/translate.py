@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -412,12 +413,13 @@ def _native_size(pipe: Any) -> int | None:
 
 
 def _stated(held: Any) -> dict[str, str]:
-    """Return what a diffusers configuration states, without the defaults of the installed version."""
+    """Return the settings of a diffusers class that are not its defaults, spelt out or not."""
     config = getattr(held, "config", None)
     if not isinstance(config, Mapping):
         return {}
-    defaults = config.get("_use_default_values", ())
-    return {k: str(v) for k, v in config.items() if not k.startswith("_") and k not in defaults}
+    known = inspect.signature(type(held).__init__).parameters
+    spelt = {name: json.dumps(config[name], default=str) for name in known if name in config}
+    return {k: v for k, v in spelt.items() if v != json.dumps(known[k].default, default=str)}
 
 
 def _looks_like_hub_name(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -34,6 +35,8 @@ __all__ = [
 
 _AT_ONCE = 50
 """Resamples that are worked on at a time."""
+_KEPT = 1 << 21
+"""Numbers, at most, of a set of resamples that is kept: every figure of a report asks for the same one."""
 
 
 def recall_at(ranking: Ranking, k: int) -> np.ndarray:
@@ -184,7 +187,7 @@ def bootstrap(
     sums = np.stack([np.bincount(codes[m], weights=values[m], minlength=n) for m in own], 1)
     counts = np.stack([np.bincount(codes[m], minlength=n) for m in own], 1).astype(np.float64)
     means = []
-    for weights in _resampled(n, repeats, seed):
+    for weights in _resampled(n, repeats, seed, kept_at_once=repeats):
         held, total = weights @ counts, weights @ sums
         each = np.divide(total, held, out=np.zeros(total.shape), where=held > 0)
         means.append(_mean_of_drawn(each.T, held.T > 0))
@@ -229,8 +232,23 @@ def quantile_bootstrap(
     return [_percentiles(column, level) for column in np.concatenate(found).T]
 
 
-def _resampled(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
+def _resampled(n: int, repeats: int, seed: int, kept_at_once: int = _AT_ONCE) -> Iterator[np.ndarray]:
     """Yield how often each of n groups is drawn, (r, n) float64 at a time; the same for the same seed."""
+    if n * repeats > _KEPT:
+        yield from _drawn(n, repeats, seed)
+    else:
+        kept = _drawn_once(n, repeats, seed)
+        yield from (kept[at : at + kept_at_once] for at in range(0, repeats, kept_at_once))
+
+
+@lru_cache(maxsize=4)
+def _drawn_once(n: int, repeats: int, seed: int) -> np.ndarray:
+    kept = np.concatenate(list(_drawn(n, repeats, seed)))
+    kept.flags.writeable = False
+    return kept
+
+
+def _drawn(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     for at in range(0, repeats, _AT_ONCE):
         r = min(_AT_ONCE, repeats - at)

@@ -1,4 +1,4 @@
-"""Encoders: square RGB pictures to flattened latents. ``patch`` is built in; the rest come from diffusers."""
+"""Encoders: square RGB pictures to flattened latents. ``tiny`` and ``patch`` come with the package."""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,23 @@ CLASSES = (
 _SUBFOLDERS = ("vae", "movq")
 # No latent passes through them on its way out of the encoder.
 _DECODER_PARTS = frozenset({"decoder", "decoder_unet", "post_quant_conv", "quantize"})
-# They do not change what the encoder computes.
-_IGNORED_CONFIG = frozenset({"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size"})
+# They do not change a raw latent: how pipelines scale, tile and round it, and what only decoding reads.
+_IGNORED_CONFIG = frozenset(
+    {
+        "scaling_factor",
+        "shift_factor",
+        "latents_mean",
+        "latents_std",
+        "latent_magnitude",
+        "latent_shift",
+        "sample_size",
+        "force_upcast",
+        "out_channels",
+        "use_post_quant_conv",
+        "num_vq_embeddings",
+        "lookup_from_codebook",
+    }
+)
 _HUB_TIMEOUT = 10.0
 
 
@@ -78,25 +94,40 @@ def load_autoencoder(name: str, revision: str | None) -> tuple[Any, Mapping[str,
 
 
 def hash_model(model: Any) -> str:
-    """Hash the configuration and the encoder's tensors (a decoder does not change a latent).
+    """Hash the encoder's tensors and settings (a decoder does not change a latent).
 
-    To be called before any cast: the precision of a run is no part of the space.
+    Of the settings only those that are not what the class would take by itself: a newer diffusers that knows
+    one more, or a checkpoint saved anew with every default spelt out, must not make another space. To be
+    called before any cast: the precision of a run is no part of the space.
+
+    Notes
+    -----
+    It rests on diffusers' own promise that a checkpoint which leaves a setting out goes on to mean the same.
     """
     import torch
 
-    config = {
-        k: v
-        for k, v in sorted(model.config.items())
-        if not k.startswith("_") and k not in _IGNORED_CONFIG and "decoder" not in k
+    settings = {
+        name: _plain(model.config[name])
+        for name, known in inspect.signature(type(model).__init__).parameters.items()
+        if name in model.config and _encoders(name) and _plain(model.config[name]) != _plain(known.default)
     }
-    digest = hashlib.sha256(
-        canonical_json([type(model).__name__, json.loads(json.dumps(config, default=str))]).encode()
-    )
+    digest = hashlib.sha256(canonical_json([type(model).__name__, settings]).encode())
     for key, tensor in sorted(model.state_dict().items()):
         if key.split(".")[0] not in _DECODER_PARTS:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _encoders(setting: str) -> bool:
+    """Tell whether a setting is one of the encoder's, and not of the decoder or of pipelines."""
+    only_up = setting.startswith("up") or "_up_" in setting or "decoder" in setting
+    return not only_up and setting not in _IGNORED_CONFIG
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON holds it: tuples as lists."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def drop_decoder(model: Any) -> None:
@@ -153,18 +184,21 @@ def _find_config(name: str, revision: str | None) -> tuple[str | None, Mapping[s
     """Find the autoencoder's configuration at the top, or in a pipeline's subfolder."""
     folder = Path(name)
     if not folder.exists():
-        return _hub_config(name, revision)
+        files = [*(f"{subfolder}/config.json" for subfolder in _SUBFOLDERS), "config.json"]
+        file, config = hub_config(name, revision, files, what="Encoder", lacks="autoencoder's config.json")
+        return file.rpartition("/")[0] or None, config
     for subfolder in (None, *_SUBFOLDERS):
         path = folder / (subfolder or "") / "config.json"
         if path.is_file():
-            return subfolder, _read_config(path)
+            return subfolder, read_config(path)
     tried = ", ".join(f"{s}/config.json" for s in _SUBFOLDERS)
     raise EncoderError(
         f"{folder} has neither config.json nor one of {tried}: it is no diffusers model folder."
     )
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Read a configuration. Raises EncoderError when it is no JSON."""
     try:
         config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
@@ -172,19 +206,41 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _hub_config(name: str, revision: str | None) -> tuple[str | None, Mapping[str, Any]]:
-    """Fetch the configuration from the hub, or from its cache on this machine."""
+def hub_config(
+    name: str, revision: str | None, files: Sequence[str], *, what: str, lacks: str
+) -> tuple[str, Mapping[str, Any]]:
+    """Fetch the first of some configurations from the hub, or from its cache on this machine.
+
+    Parameters
+    ----------
+    name : str
+    revision : str or None
+    files : sequence of str
+        Where the repository may hold it.
+    what, lacks : str
+        What is named, and what a repository without such a file is without: for the message.
+
+    Returns
+    -------
+    file, config
+
+    Raises
+    ------
+    EncoderError
+        There is no such repository, or it has none of the files.
+    EncoderUnreachableError
+        The hub does not answer.
+    """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub import try_to_load_from_cache as cached
 
-    why, kind = "it holds no autoencoder's config.json.", EncoderError
-    for subfolder in (*_SUBFOLDERS, None):
-        file = f"{subfolder}/config.json" if subfolder else "config.json"
+    why, kind = f"it holds no {lacks}.", EncoderError
+    for file in files:
         try:
             if not isinstance(cached(name, file, revision=revision), str):
                 # One request, which is not tried again and again when there is no network.
                 get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=_HUB_TIMEOUT)
-            return subfolder, _read_config(Path(hf_hub_download(name, file, revision=revision)))
+            return file, read_config(Path(hf_hub_download(name, file, revision=revision)))
         except errors.EntryNotFoundError:
             continue
         except EncoderError:
@@ -196,7 +252,7 @@ def _hub_config(name: str, revision: str | None) -> tuple[str | None, Mapping[st
                 kind = EncoderUnreachableError
             break
     raise kind(
-        f"Encoder {name} is no local folder and could not be had from the hub: {why} "
+        f"{what} {name} is no local folder and could not be had from the hub: {why} "
         "If this machine is offline, download it elsewhere and name the folder."
     )
 

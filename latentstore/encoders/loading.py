@@ -14,9 +14,11 @@ from latentstore.errors import EncoderError, UsageError
 from latentstore.schema import Posterior, Space
 
 BUILT_IN = ("patch",)
-DEFAULT = "patch"
+DEFAULT = "tiny"
 SHIPPED = {"tiny": Path(__file__).resolve().parent.parent / "data" / "tiny"}
 """Networks that come with the package, by name."""
+_CELL = 8
+"""Pixels on a side of what one place of their latents stands for."""
 
 
 def load_encoder(
@@ -50,11 +52,16 @@ def load_encoder(
             )
         return PatchEncoder(image_size, batch)
     if name not in SHIPPED and not (Path(name).exists() or _looks_like_hub_name(name)):
-        known = ", ".join((*BUILT_IN, *SHIPPED))
+        known = ", ".join((*SHIPPED, *BUILT_IN))
         raise EncoderError(
             f"There is no encoder {name!r}: it is not built in ({known}), no folder "
             f"of that name is in {Path.cwd()}, and it is no hub name (OWNER/NAME, for example "
             "stabilityai/stable-diffusion-2)."
+        )
+    if name in SHIPPED and (image_size < _CELL or image_size % _CELL):
+        # The network would take it, and give a latent whose last row and column stand for fewer pixels.
+        raise UsageError(
+            f"The {name} encoder needs an image size that is a multiple of {_CELL}, not {image_size}."
         )
     encoder = DiffusersEncoder(
         str(SHIPPED.get(name, name)),
@@ -111,7 +118,9 @@ def load_for(space: Space, facts: Mapping[str, Any], *, device: str = "auto") ->
     if encoder.space.id != space.id:
         raise EncoderError(
             f"Encoder {facts['name']!r} is now space {encoder.space.id}, but the store was made in space "
-            f"{space.id}: its weights or settings have changed. Use the weights of then, or encode again."
+            f"{space.id}: its weights or settings have changed, or the store is of an early latentstore, "
+            "whose ids of networks held the defaults of the diffusers of then, too. Use the weights of then, "
+            "or encode again."
         )
     return encoder
 

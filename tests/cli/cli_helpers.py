@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cli.app import app
 from cli.workflows import run_encode
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., Result]
+RunApart = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def picture(seed: int, size: int = 96) -> Image.Image:
@@ -47,7 +48,7 @@ def pair_store(
                 lines.append(f"{i}b.png,{i},{role},{split}")
     listed = folder / f"{name}.csv"
     listed.write_text("\n".join(lines) + "\n")
-    run_encode(folder, folder / name, manifest=listed, image_size=32)
+    run_encode(folder, folder / name, manifest=listed, encoder="patch", image_size=32)
     return folder / name
 
 

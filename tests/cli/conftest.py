@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import Run, picture
+from cli_helpers import Run, RunApart, picture
+from typer.testing import CliRunner, Result
+
+from cli.app import app, solve_app
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +32,22 @@ def here(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def run(here: Path) -> Run:
-    """Run a command in a process of its own."""
+    """Run a command in this process: one of its own would import everything again."""
+    del here  # the working folder
+
+    def call(*words: str | Path, code: int = 0) -> Result:
+        program, *rest = (str(w) for w in words)
+        entry = {"latentstore": app, "solve": solve_app}[program]
+        done = CliRunner().invoke(entry, rest, prog_name=program, catch_exceptions=False)
+        assert done.exit_code == code, (done.exit_code, done.stdout, done.stderr)
+        return done
+
+    return call
+
+
+@pytest.fixture
+def run_apart(here: Path) -> RunApart:
+    """Run a command in a process of its own, as a shell does."""
 
     def call(*words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         program, *rest = (str(w) for w in words)

@@ -43,7 +43,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines += [f"{i}.png,{i},origin,test,", f"{i}b.png,{i},translation,test,B"]
     listed = folder / "list.csv"
     listed.write_text("\n".join(lines) + "\n")
-    run_encode(folder, folder / "others.zarr", manifest=listed, image_size=32)
+    run_encode(folder, folder / "others.zarr", manifest=listed, encoder="patch", image_size=32)
     return folder / "others.zarr"
 
 

@@ -97,7 +97,7 @@ def test_a_symmetric_collection_does_not_feel_a_flip(tmp_path: Path, pairs: Path
         whole.save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,{i},origin,{'test' if i < 10 else 'train'}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    run_encode(tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "list.csv", image_size=32)
+    run_encode(tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "list.csv", encoder="patch", image_size=32)
     symmetric = attacking.attack(tmp_path / "s.zarr", [], AttackOptions("flip"))
     by_name = {(r.step.attack.name, r.subject): r.difference for r in symmetric.rows}
     assert by_name["flip left-right", "raw"] == by_name["flip left-right", "analytic"] == 0
@@ -159,7 +159,7 @@ def test_a_store_of_translations_alone_is_attacked_as_queries(
         listed = tmp_path / f"{name}.csv"
         lines = [f"{i}{ending}.png,{i},{role},test" for i in SPLITS["test"]]
         listed.write_text("\n".join(["path,identity,role,split", *lines]))
-        run_encode(pairs.parent, tmp_path / f"{name}.zarr", manifest=listed, image_size=32)
+        run_encode(pairs.parent, tmp_path / f"{name}.zarr", manifest=listed, encoder="patch", image_size=32)
         return tmp_path / f"{name}.zarr"
 
     # JPEG draws nothing by chance: the same pictures give the same figures, in whichever rows they stand.
@@ -256,7 +256,8 @@ def test_written_pictures_encoded_as_queries_are_found_as_well(
     assert {(x["role"], x["split"]) for x in lines} == {("query", "test")}
     assert {x["model"] for x in lines} == {"crop 80 %", "watermark 0.6"}
     assert {int(x["identity"]) for x in lines} == set(SPLITS["test"])
-    run_encode(tmp_path / "a", tmp_path / "a.zarr", manifest=tmp_path / "a" / "manifest.csv", image_size=32)
+    listed = tmp_path / "a" / "manifest.csv"
+    run_encode(tmp_path / "a", tmp_path / "a.zarr", manifest=listed, encoder="patch", image_size=32)
     queries = Collection.open(tmp_path / "a.zarr")
     found = values(run(pairs, own_map, text))
     gallery, W = Collection.open(pairs), Projection.load(own_map)
@@ -403,6 +404,6 @@ def test_a_store_without_test_pictures_says_so(tmp_path: Path) -> None:
     for i in range(4):
         picture(i, 32).save(tmp_path / f"{i}.png")
     (tmp_path / "l.csv").write_text("path,split\n" + "\n".join(f"{i}.png,train" for i in range(4)))
-    run_encode(tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "l.csv", image_size=32)
+    run_encode(tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "l.csv", encoder="patch", image_size=32)
     with pytest.raises(UsageError, match="0 pictures in its test split"):
         attacking.attack(tmp_path / "s.zarr", [], AttackOptions("flip"))

@@ -164,7 +164,7 @@ def test_methods_that_these_pairs_are_not_for_are_left_out_and_named(here: Path)
                 picture(i, 32).save(here / f"{i}{kind}.png")
                 lines.append(f"{i}{kind}.png,{i},{'origin' if kind == 'o' else 'translation'},{split}")
     (here / "list.csv").write_text("\n".join(lines) + "\n")
-    words = ["encode", "--manifest", "list.csv", "--store", "same.zarr", "--image-size", "32"]
+    words = ["encode", "--manifest", "list.csv", "--store", "same.zarr", "--encoder=patch", "--image-size=32"]
     assert CliRunner().invoke(app, words).exit_code == 0
     said = solve("--store", "same.zarr", "--rank", "16")
     assert "gnull was left out: All 48 differences are zero" in said.stdout

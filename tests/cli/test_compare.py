@@ -131,7 +131,8 @@ def pairs(here: Path) -> str:
             lines.append(f"{i}{model}.png,{i},{'translation' if model else 'origin'},{model}\n")
     (here / "list.csv").write_text("".join(lines))
     done = CliRunner().invoke(
-        app, ["encode", "--manifest", "list.csv", "--store", "pairs.zarr", "--image-size", "32"]
+        app,
+        ["encode", "--manifest", "list.csv", "--store", "pairs.zarr", "--encoder=patch", "--image-size=32"],
     )
     assert done.exit_code == 0, done.output
     return "pairs.zarr"
@@ -228,7 +229,8 @@ def test_refits_that_say_nothing_are_refused(pairs: str, here: Path) -> None:
     text = said(*words, "--store", pairs, code=2)
     assert f"{dim + 1} values" in text
     assert f"latents of {dim}." in text
-    CliRunner().invoke(app, ["encode", "images", "--store", "alone.zarr", "--image-size", "32"])
+    alone = ["encode", "images", "--store", "alone.zarr", "--encoder=patch", "--image-size=32"]
+    CliRunner().invoke(app, alone)
     assert "holds no training pairs" in said("--store", "alone.zarr", "--rank", "4", code=2)
 
 
@@ -276,7 +278,7 @@ def test_one_model_has_no_plus_minus_and_the_reader_is_told_where_it_would_stand
     lines = (here / "list.csv").read_text().splitlines()
     (here / "one.csv").write_text("\n".join(x for x in lines if not x.endswith(",noise")) + "\n")
     done = CliRunner().invoke(
-        app, ["encode", "--manifest", "one.csv", "--store", "one.zarr", "--image-size", "32"]
+        app, ["encode", "--manifest", "one.csv", "--store", "one.zarr", "--encoder=patch", "--image-size=32"]
     )
     assert done.exit_code == 0, done.output
     text = said("--store", "one.zarr", "--rank", "8", "--jackknife", "3")

@@ -17,7 +17,7 @@ pytest.importorskip("skimage", reason="the demo's photographs come with scikit-i
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
-    run_demo(DemoOptions(out=out, rank=64, image_size=64, budget=5), say=lambda text: None)
+    run_demo(DemoOptions(out=out, rank=64, image_size=64, budget=1), say=lambda text: None)
     return out
 
 
@@ -65,7 +65,7 @@ def test_a_second_run_reuses_the_store(demo: Path) -> None:
     shard = demo / "latents.zarr" / "latents" / "c" / "0" / "0"
     before = (shard.stat().st_ino, shard.stat().st_mtime_ns)
     old = results.load(demo / "report.json")
-    run_demo(DemoOptions(out=demo, rank=64, image_size=64, budget=5), say=lambda text: None)
+    run_demo(DemoOptions(out=demo, rank=64, image_size=64, budget=1), say=lambda text: None)
     assert (shard.stat().st_ino, shard.stat().st_mtime_ns) == before
     again = results.load(demo / "report.json")
     closed = [m for m in METHODS if m != "cosface"]

@@ -64,9 +64,9 @@ def test_defaults_are_float32_on_a_cpu(here, tmp_path):
 
 def test_the_patch_encoder_takes_no_precision(here, tmp_path):
     with pytest.raises(UsageError, match="no network"):
-        run_encode(here / "images", tmp_path / "s.zarr", image_size=32, precision="fp16")
+        run_encode(here / "images", tmp_path / "s.zarr", encoder="patch", image_size=32, precision="fp16")
     assert not (tmp_path / "s.zarr").exists()
-    run_encode(here / "images", tmp_path / "s.zarr", image_size=32, batch=2)
+    run_encode(here / "images", tmp_path / "s.zarr", encoder="patch", image_size=32, batch=2)
 
 
 @pytest.mark.parametrize("words", [["--precision", "int8"], ["--batch", "0"]])

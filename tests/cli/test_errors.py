@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,20 +14,28 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.app import app, solve_app
+from cli.workflows import run_encode
 from latentstore.store import open_store
 
-SMALL = ["--image-size", "64"]
+SMALL = ["--encoder", "patch", "--image-size", "64"]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of ``pictures``. Read only."""
+    root = tmp_path_factory.mktemp("whole") / "latents.zarr"
+    run_encode(pictures, root, encoder="patch", image_size=64)
+    return root
+
+
 @pytest.fixture
-def store(here: Path) -> Path:
-    done = CliRunner().invoke(app, ["encode", "images", *SMALL])
-    assert done.exit_code == 0, done.output
-    return here / "latents.zarr"
+def store(here: Path, whole: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(whole, here / "latents.zarr")
 
 
 CASES = [
@@ -34,11 +43,15 @@ CASES = [
     (["encode", "empty"], 2, ["empty", "no image files", ".jpg"]),
     (["encode", "a file"], 2, ["a file", "not a folder"]),
     (["encode", "images", "--manifest", "nowhere.csv"], 2, ["nowhere.csv"]),
-    (["encode", "images", "--store", "a file/s.zarr"], 1, ["a file/s.zarr"]),
-    (["encode", "images", "--store", "occupied"], 2, ["occupied", "not a latentstore store"]),
-    (["encode", "images", "--store", "new.zarr", "--encoder", "nothing"], 2, ["nothing", "patch"]),
+    (["encode", "images", "--store", "a file/s.zarr", "--encoder=patch"], 1, ["a file/s.zarr"]),
+    (
+        ["encode", "images", "--store", "occupied", "--encoder=patch"],
+        2,
+        ["occupied", "not a latentstore store"],
+    ),
+    (["encode", "images", "--store", "new.zarr", "--encoder", "nothing"], 2, ["nothing", "tiny, patch"]),
     (["encode", "images", "--store", "new.zarr", "--encoder", "empty"], 2, ["empty", "config.json"]),
-    (["encode", "images", "--store", "new.zarr", "--shard-rows", "100"], 2, ["100", "84"]),
+    (["encode", "images", "--store", "new.zarr", "--encoder=patch", "--shard-rows", "100"], 2, ["100", "84"]),
     (["encode", "images", "--store", "new.zarr", "--image-size", "65"], 2, ["65", "multiple of 8"]),
     (["encode", "images", "--image-size", "128"], 1, ["space", "Encode again"]),
     (["encode", "images", "--dtype", "float32"], 2, ["float32", "float16"]),
@@ -88,9 +101,8 @@ def test_bad_input(store: Path, here: Path, words: list[str], code: int, parts: 
 
 def test_projection_of_another_space_is_refused(store: Path, here: Path) -> None:
     runner = CliRunner()
-    assert (
-        runner.invoke(app, ["encode", "images", "--store", "wide.zarr", "--image-size", "128"]).exit_code == 0
-    )
+    wide = ["encode", "images", "--store", "wide.zarr", "--encoder=patch", "--image-size=128"]
+    assert runner.invoke(app, wide).exit_code == 0
     assert runner.invoke(solve_app, ["--method", "analytic", "--rank", "8"]).exit_code == 0
     words = [
         "match",
@@ -143,7 +155,7 @@ def test_ctrl_c_says_how_to_go_on_and_a_rerun_finishes(here: Path) -> None:
         "whole = PatchEncoder.encode\n"
         "PatchEncoder.batch = 4\n"
         "PatchEncoder.encode = lambda self, *a: (time.sleep(0.2), whole(self, *a))[1]\n"
-        "sys.argv = ['latentstore', 'encode', 'images', '--image-size', '64']\n"
+        "sys.argv = ['latentstore', 'encode', 'images', '--encoder', 'patch', '--image-size', '64']\n"
         "from cli.app import main; main()\n"
     )
     job = subprocess.Popen(

@@ -60,7 +60,9 @@ def encoded(folder: Path, name: str, rows: list[tuple[Any, ...]]) -> Path:
         writer = csv.writer(file)
         writer.writerow(["path", "identity", "group", "role", "split", "model", "strength", "prompt"])
         writer.writerows(rows)
-    run_encode(folder, folder / f"{name}.zarr", manifest=folder / f"{name}.csv", image_size=32)
+    run_encode(
+        folder, folder / f"{name}.zarr", manifest=folder / f"{name}.csv", encoder="patch", image_size=32
+    )
     return folder / f"{name}.zarr"
 
 

@@ -20,7 +20,7 @@ from solvers.errors import LeakError
 def pairs_store(
     here: Path, name: str, folder: Path, manifest: Path | None = None, *, alpha_bar: float = 0.1
 ) -> Collection:
-    run_encode(folder, here / f"{name}.zarr", manifest=manifest, image_size=64)
+    run_encode(folder, here / f"{name}.zarr", manifest=manifest, encoder="patch", image_size=64)
     run_simulate(here / f"{name}.zarr", here / f"{name}-pairs.zarr", Diffusion(alpha_bar, 0.3), per_origin=3)
     return Collection.open(here / f"{name}-pairs.zarr")
 

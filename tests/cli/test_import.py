@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import Run, pair_store, picture
+from cli_helpers import Run, RunApart, pair_store, picture
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -185,7 +185,7 @@ def test_bad_rows_are_findings_where_strict_and_a_failure_where_all_are(world: P
     assert "216 not_finite" in command(*words, "--latent-shape", "4,4,4", code=1)
 
 
-def test_the_whole_in_processes_of_their_own(run: Run, here: Path, world: Path) -> None:
+def test_the_whole_from_a_shell(run_apart: RunApart, run: Run, here: Path, world: Path) -> None:
     """As a user runs it, with OriPID's names and nothing else; output that is piped holds JSON alone."""
     (here / "published").mkdir()
     encoder = PatchEncoder(64)
@@ -195,7 +195,7 @@ def test_the_whole_in_processes_of_their_own(run: Run, here: Path, world: Path) 
             latent = encoder.encode(pixels, np.array([0])) + np.float32(0.01 * k)
             np.save(here / "published" / f"T{i:06d}_{k}.npy", latent)
     words = ["latentstore", "import", "published", "--latent-shape", "4,8,8", "--encoder-name", "some VAE"]
-    made = json.loads(run(*words, "--json").stdout)
+    made = json.loads(run_apart(*words, "--json").stdout)
     assert made["counts"] == {"ok": 120}
     facts = command("info", "--json")
     assert facts["kind"] == "imported"

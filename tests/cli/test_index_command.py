@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_helpers import Run, pair_store, picture
+from cli_helpers import Run, RunApart, pair_store, picture
 from typer.testing import CliRunner
 
 from cli.app import app
@@ -50,7 +50,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def add(numbers: range) -> None:
     for i in numbers:
         picture(i).save(f"in/{i:03d}.png")
-    run_encode(Path("in"), S, image_size=64)
+    run_encode(Path("in"), S, encoder="patch", image_size=64)
 
 
 def collection() -> Collection:
@@ -213,11 +213,13 @@ def test_mistakes_are_said(store: Path) -> None:
     assert not kept(S), "nothing was made before it failed"
 
 
-def test_as_a_user_runs_it(run: Run, here: Path) -> None:
-    run("latentstore", "encode", "--image-size", "64")
+def test_another_process_searches_what_was_kept(run: Run, run_apart: RunApart) -> None:
+    run("latentstore", "encode", "--encoder=patch", "--image-size=64")
     out = run("latentstore", "index").stdout
     assert "60 images of 59 numbers" in out
-    found = json.loads(run("latentstore", "match", "images/photo 07.jpg", "--no-verdict", "--json").stdout)
+    found = json.loads(
+        run_apart("latentstore", "match", "images/photo 07.jpg", "--no-verdict", "--json").stdout
+    )
     assert found["matches"][0]["candidates"][0]["path"] == "photo 07.jpg"
     assert not found["made"]
     assert "kept index" in found["searched"]

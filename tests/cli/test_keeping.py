@@ -17,19 +17,20 @@ def store(run: Run, here: Path) -> Path:
     (here / "images").mkdir()
     for i in range(30):
         picture(i).save(here / "images" / f"{i:02d}.jpg")
-    run("latentstore", "encode", "--image-size", "64")
+    run("latentstore", "encode", "--encoder=patch", "--image-size=64")
     return here / "latents.zarr"
 
 
 def test_a_second_encoders_latents_beside_the_first(run: Run, store: Path) -> None:
-    said = run("latentstore", "encode", "--store", "latents.zarr/small", "--image-size", "32").stdout
+    small = ("--encoder=patch", "--image-size=32")
+    said = run("latentstore", "encode", "--store", "latents.zarr/small", *small).stdout
     assert "latents.zarr/small: 30 rows" in said
     facts = json.loads(run("latentstore", "info", "--json").stdout)
     assert facts["arrays"] == ["latents", "small"]
     found = run("latentstore", "match", "images/07.jpg", "--store", "latents.zarr/small", "--json")
     assert json.loads(found.stdout)["matches"][0]["candidates"][0]["path"] == "07.jpg"
     assert "whole" in run("latentstore", "verify").stdout
-    wrong = run("latentstore", "encode", "--store", "latents.zarr/again", "--image-size", "32", code=2)
+    wrong = run("latentstore", "encode", "--store", "latents.zarr/again", *small, code=2)
     assert "in 'small'" in wrong.stderr
 
 
@@ -57,14 +58,16 @@ def test_remove_asks_and_then_removes_everywhere(run: Run, store: Path, here: Pa
 
 
 def test_codecs_at_the_command_line(run: Run, store: Path) -> None:
-    run("latentstore", "encode", "--store", "coded.zarr", "--image-size", "64", "--codec", "bitround:5")
+    small = ("--encoder=patch", "--image-size=64")
+    run("latentstore", "encode", "--store", "coded.zarr", *small, "--codec", "bitround:5")
     facts = json.loads(run("latentstore", "info", "coded.zarr", "--json").stdout)
     assert facts["codec"] == "bitround:5"
     assert (
         "made with bitround:5"
         in run("latentstore", "encode", "--store", "coded.zarr", "--codec", "zstd", code=2).stderr
     )
-    assert "--codec" in run("latentstore", "encode", "--store", "x.zarr", "--codec", "lz9", code=2).stderr
+    unknown = run("latentstore", "encode", "--store", "x.zarr", *small, "--codec", "lz9", code=2)
+    assert "--codec" in unknown.stderr
     assert "whole" in run("latentstore", "verify", "coded.zarr").stdout
 
 

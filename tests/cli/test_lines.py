@@ -7,18 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import Run
+from cli_helpers import Run, RunApart, picture
 from PIL import Image
 
+from latentstore import attacks, images, photos
+from latentstore.encoders import DEFAULT, PatchEncoder
 from latentstore.results import load
 from latentstore.store import open_store
 from solvers.projection import Projection
 
 
 @pytest.mark.full
-def test_the_lines_as_they_stand(run: Run, here: Path) -> None:
+def test_the_lines_as_they_stand(run: Run, run_apart: RunApart, here: Path) -> None:
     run("latentstore", "encode")
-    refused = run("solve", "--method", "svd", "--rank", "512", code=1)
+    refused = run_apart("solve", "--method", "svd", "--rank", "512", code=1)
     for way in ("no pairs", "--method analytic", "latentstore simulate", "--manifest"):
         assert way in refused.stderr
     assert refused.stderr.count("\n") == 1, "one paragraph"
@@ -51,7 +53,7 @@ def test_the_lines_as_they_stand(run: Run, here: Path) -> None:
         )
     kept = json.loads(own)
     assert kept["made"]
-    again = json.loads(run("latentstore", "match", query, "--json").stdout)
+    again = json.loads(run_apart("latentstore", "match", query, "--json").stdout)
     assert not again["made"], "the analytic map is made once and kept"
     assert again["projection"] == kept["projection"]
 
@@ -63,6 +65,54 @@ def test_the_lines_as_they_stand(run: Run, here: Path) -> None:
     assert report.find("mAP", subject="raw")
 
 
+def test_photographs_by_the_encoder_that_nobody_named(run: Run, here: Path) -> None:
+    """encode, solve, evaluate and match, on photographs and their altered versions."""
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    lines = ["path,identity,role,split"]
+    splits = ("train", "test", "train", "validation", "train")
+    for i, path in enumerate(photos.bundled()):
+        photo, _ = images.decode(path.read_bytes())
+        photo = photo.convert("RGB").resize((300, 260))
+        photo.save(here / f"{i}.png")
+        attacks.jpeg(10)(photo.crop((15, 15, 300, 260)), 0).save(here / f"{i}b.png")
+        split = splits[i % len(splits)]
+        lines += [f"{i}.png,{i},origin,{split}", f"{i}b.png,{i},translation,{split}"]
+    (here / "list.csv").write_text("\n".join(lines) + "\n")
+    run("latentstore", "encode", "--manifest", "list.csv")
+    store = open_store(here / "latents.zarr")
+    assert store.provenance["encoder"]["name"] == "tiny"
+    assert store.space.latent_shape == (4, 32, 32)
+    assert set(store.counts()) == {"ok"}
+
+    run("solve", "--method", "gnull", "--rank", "8")
+    run("latentstore", "evaluate", "--projection", "W-gnull-8.safetensors", "--out", "e.json")
+    precision = {f.subject: f.value for f in load(here / "e.json").find("mAP")}
+    assert precision["centred"] > 2 * precision["chance"]
+
+    own = json.loads(run("latentstore", "match", "3b.png", "--json").stdout)["matches"][0]
+    assert own["candidates"][0]["path"] == "3.png"
+
+
+def test_a_store_goes_on_with_the_encoder_that_made_it(run: Run, here: Path) -> None:
+    """Whatever the default is by now."""
+    (here / "mine").mkdir()
+    picture(1).save(here / "mine" / "a.png")
+    run("latentstore", "encode", "mine", "--encoder=patch", "--image-size=64")
+    picture(2).save(here / "mine" / "b.png")
+    run("latentstore", "encode")
+    store = open_store(here / "latents.zarr")
+    assert (store.counts(), store.provenance["encoder"]["name"]) == ({"ok": 2}, "patch")
+    np.testing.assert_array_equal(
+        store.reader.gather([1])[0],
+        PatchEncoder(64).encode(pixels(picture(2), 64), np.arange(1))[0].astype(np.float16),
+    )
+    assert "space" in run("latentstore", "encode", "--encoder", DEFAULT, code=1).stderr
+
+
+def pixels(image: Image.Image, size: int) -> np.ndarray:
+    return images.resize(image, size)[None]
+
+
 def test_a_few_pictures_are_enough_to_go_the_whole_way(run: Run, here: Path) -> None:
     """Few identities leave validation or test empty: the figure is missing, and said to be."""
     few = here / "few"
@@ -70,8 +120,7 @@ def test_a_few_pictures_are_enough_to_go_the_whole_way(run: Run, here: Path) -> 
     # Plain colours, no two in one direction from their mean: under a cosine those would be equal.
     for i, colour in enumerate(np.random.default_rng(0).integers(0, 256, (5, 3), dtype=np.uint8)):
         Image.fromarray(np.tile(colour, (8, 8, 1))).save(few / f"{i}.png")
-    size = ("--image-size", "64")
-    run("latentstore", "encode", "few", *size)
+    run("latentstore", "encode", "few", "--encoder=patch", "--image-size=64")
     run("latentstore", "simulate")
     for method in ("svd", "gnull", "cosface", "analytic"):
         out = run("solve", "--method", method, "--rank", "16", "--store", "simulated.zarr").stdout
@@ -103,7 +152,7 @@ print(sorted({"torch", "diffusers", "dask", "cupy"} & set(sys.modules)))
 
 
 def test_evaluate_matches_what_solve_reported(run: Run, here: Path) -> None:
-    run("latentstore", "encode", "--image-size", "64")
+    run("latentstore", "encode", "--encoder=patch", "--image-size=64")
     run("latentstore", "simulate", "--per-origin", "2")
     solved = json.loads(
         run("solve", "--method", "gnull", "--rank", "32", "--store", "simulated.zarr", "--json").stdout
@@ -127,7 +176,7 @@ def test_evaluate_matches_what_solve_reported(run: Run, here: Path) -> None:
 
 
 def test_attacked_picture_finds_its_origin_in_both_backends(run: Run, here: Path) -> None:
-    run("latentstore", "encode", "--image-size", "64")
+    run("latentstore", "encode", "--encoder=patch", "--image-size=64")
     with Image.open(here / "images" / "photo 11.jpg") as image:
         image.save(here / "suspect.jpg", quality=20)
     tables = []

@@ -46,8 +46,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture(i, 64).save(root / "suspects" / f"in {i}.jpg", quality=20)
     for i in range(3):
         picture(10_000 + i, 64).save(root / "suspects" / f"out {i}.jpg", quality=20)
-    run_encode(root / "images", root / "s.zarr", image_size=SIDE)
-    run_encode(root / "suspects", root / "q.zarr", image_size=SIDE)
+    run_encode(root / "images", root / "s.zarr", encoder="patch", image_size=SIDE)
+    run_encode(root / "suspects", root / "q.zarr", encoder="patch", image_size=SIDE)
     return root
 
 
@@ -189,7 +189,7 @@ def test_the_page_shows_both_pictures_and_where_they_agree(world: Path, tmp_path
 def test_an_index_changes_nothing_but_the_time(world: Path, tmp_path: Path) -> None:
     store, images = tmp_path / "s.zarr", tmp_path / "images"
     shutil.copytree(world / "images", images)
-    run_encode(images, store, image_size=SIDE)
+    run_encode(images, store, encoder="patch", image_size=SIDE)
     files = [world / "suspects"]
     before = run_match(files, store)
     assert CliRunner().invoke(app, ["index", "--store", str(store)]).exit_code == 0
@@ -203,7 +203,7 @@ def test_an_index_changes_nothing_but_the_time(world: Path, tmp_path: Path) -> N
     assert after.notes == []
     # A collection that has grown: said, and searched whole all the same.
     picture(10_000, 64).save(images / "new.png")
-    run_encode(images, store, image_size=SIDE)
+    run_encode(images, store, encoder="patch", image_size=SIDE)
     late = run_match([world / "suspects" / "out 0.jpg"], store)
     assert late.matches[0].candidates[0].path == "new.png"
     assert any("latentstore index" in note for note in late.notes)
@@ -218,7 +218,7 @@ def test_an_index_that_is_changed_beneath_a_search(
     images.mkdir()
     for path in sorted((world / "images").iterdir())[:60]:
         shutil.copy(path, images)
-    run_encode(images, store, image_size=SIDE)
+    run_encode(images, store, encoder="patch", image_size=SIDE)
     run_index(store, IndexOptions())
     read, scans = Index.blocks, []
 
@@ -227,7 +227,7 @@ def test_an_index_that_is_changed_beneath_a_search(
         if len(scans) == 1 + (during == "the calibration"):
             remove(store, [3])
             picture(10_000, 64).save(images / "new.png")
-            run_encode(images, store, image_size=SIDE)
+            run_encode(images, store, encoder="patch", image_size=SIDE)
             run_index(store, IndexOptions())
         yield from read(self, first)
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_done_is_refused_before_the_work(world: Path, tmp_path: P
     assert "no folder" in said(*words, "--html", tmp_path / "nowhere" / "p.html", code=2)
     assert "latentstore index" in said(*words, "--approximate", code=2)
     other = tmp_path / "other.zarr"
-    run_encode(world / "suspects", other, image_size=2 * SIDE)
+    run_encode(world / "suspects", other, encoder="patch", image_size=2 * SIDE)
     assert "space" in said(other, "--store", world / "s.zarr", code=1)
 
 

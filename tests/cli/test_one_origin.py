@@ -39,7 +39,7 @@ def twice(here: Path, quality: int = 60) -> Path:
 
 
 def pairs_store(here: Path, folder: Path) -> Path:
-    run_encode(folder, here / "s.zarr", image_size=64)
+    run_encode(folder, here / "s.zarr", encoder="patch", image_size=64)
     run_simulate(here / "s.zarr", here / "pairs.zarr", Diffusion(0.9, 0.3), per_origin=2)
     return here / "pairs.zarr"
 
@@ -58,7 +58,7 @@ def caveats(evaluation: measure.Evaluation, collection: Collection) -> str:
 
 
 def test_the_command_shows_the_groups_and_how_the_threshold_was_set(here: Path) -> None:
-    run_encode(twice(here), here / "s.zarr", image_size=64)
+    run_encode(twice(here), here / "s.zarr", encoder="patch", image_size=64)
     text = said("duplicates", "s.zarr")
     assert "60 groups of near-duplicates, 120 of 120 images in them, the largest of 2" in text
     for part in ("threshold 0.", "set by", "every pair", "again photo 00.jpg", "photo 00.jpg", "--json"):
@@ -75,13 +75,13 @@ def test_the_command_shows_the_groups_and_how_the_threshold_was_set(here: Path) 
 
 
 def test_different_pictures_are_in_no_group(here: Path) -> None:
-    run_encode(here / "images", here / "s.zarr", image_size=64)
+    run_encode(here / "images", here / "s.zarr", encoder="patch", image_size=64)
     found = run_duplicates(here / "s.zarr")
     assert (found.groups, found.rows) == ([], 0)
 
 
 def test_a_named_threshold_is_kept_and_a_strict_one_finds_less(here: Path) -> None:
-    run_encode(twice(here, quality=10), here / "s.zarr", image_size=64)
+    run_encode(twice(here, quality=10), here / "s.zarr", encoder="patch", image_size=64)
     loose, strict = (run_duplicates(here / "s.zarr", threshold=t) for t in (0.8, 1.0))
     assert len(loose.groups) > len(strict.groups) == 0
     kept = json.loads((here / "s.zarr" / "duplicates" / "groups.json").read_text())
@@ -104,7 +104,7 @@ def test_bad_input_is_told_in_one_paragraph(
     few.mkdir()
     for i in range(5):
         picture(i).save(few / f"{i}.png")
-    run_encode(few, here / "few.zarr", image_size=64)
+    run_encode(few, here / "few.zarr", encoder="patch", image_size=64)
     told = said("duplicates", *words, code=code)
     assert told.count("\n") == 1
     for part in parts:
@@ -120,7 +120,7 @@ def test_a_near_duplicate_of_the_origin_is_a_right_answer(here: Path) -> None:
     folder = twice(here)
     lines = [f"{p.name},{p.name.removeprefix('again ')}" for p in sorted(folder.iterdir())]
     (folder / "list.csv").write_text("path,group\n" + "\n".join(lines) + "\n")
-    run_encode(folder, here / "s.zarr", manifest=folder / "list.csv", image_size=64)
+    run_encode(folder, here / "s.zarr", manifest=folder / "list.csv", encoder="patch", image_size=64)
     # So weak a diffusion that every query finds its picture, but not which of the twins.
     run_simulate(here / "s.zarr", here / "pairs.zarr", Diffusion(0.5, 0.0), per_origin=8)
     before, _ = raw_evaluation(here / "pairs.zarr")
@@ -153,7 +153,7 @@ def test_a_query_whose_near_duplicate_was_fitted_on_is_left_out_and_counted(here
 
 
 def test_a_leak_through_a_chain_is_a_leak_though_it_is_another_group(here: Path) -> None:
-    run_encode(here / "images", here / "s.zarr", image_size=64)
+    run_encode(here / "images", here / "s.zarr", encoder="patch", image_size=64)
     collection = Collection.open(here / "s.zarr")
     rows = {
         s: int(collection.gallery[collection.split[collection.gallery] == s][0]) for s in ("train", "test")
@@ -169,7 +169,7 @@ def test_a_leak_through_a_chain_is_a_leak_though_it_is_another_group(here: Path)
 
 
 def test_match_lists_each_group_once_and_the_margin_is_to_another(here: Path) -> None:
-    run_encode(twice(here), here / "s.zarr", image_size=64)
+    run_encode(twice(here), here / "s.zarr", encoder="patch", image_size=64)
     words = ("match", "images/photo 07.jpg", "--store", "s.zarr", "--top", "60")
     before = json.loads(said(*words, "--json"))
     assert "not looked for" in before["note"]
@@ -193,12 +193,12 @@ def test_match_lists_each_group_once_and_the_margin_is_to_another(here: Path) ->
 
 def test_groups_of_a_store_that_has_grown_are_not_used(here: Path) -> None:
     folder = twice(here)
-    run_encode(folder, here / "s.zarr", image_size=64)
+    run_encode(folder, here / "s.zarr", encoder="patch", image_size=64)
     run_duplicates(here / "s.zarr")
     query = [here / "images" / "photo 07.jpg"]
     assert run_match(query, here / "s.zarr").matches[0].candidates[0].near
     picture(1000).save(folder / "new.png")
-    run_encode(folder, here / "s.zarr", image_size=64)
+    run_encode(folder, here / "s.zarr", encoder="patch", image_size=64)
     found = run_match(query, here / "s.zarr")
     assert not found.matches[0].candidates[0].near
     assert "before its latents changed" in found.note
@@ -209,6 +209,6 @@ def test_groups_of_a_store_that_has_grown_are_not_used(here: Path) -> None:
 
 def test_a_collection_without_originals_is_refused(here: Path) -> None:
     (here / "list.csv").write_text("path,identity,role\n" + "images/photo 01.jpg,a,query\n")
-    run_encode(None, here / "q.zarr", manifest=here / "list.csv", image_size=64)
+    run_encode(None, here / "q.zarr", manifest=here / "list.csv", encoder="patch", image_size=64)
     with pytest.raises(UsageError, match="no valid origin"):
         run_duplicates(here / "q.zarr")

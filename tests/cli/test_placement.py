@@ -26,7 +26,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
     folder = tmp_path_factory.mktemp("placement")
     for i in range(IDENTITIES * EACH):
         picture(i, 48).save(folder / f"{i:03d}.bmp")
-    run_encode(folder, folder / "s.zarr", image_size=256)
+    run_encode(folder, folder / "s.zarr", encoder="patch", image_size=256)
     return Collection.open(folder / "s.zarr")
 
 

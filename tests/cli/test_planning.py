@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from cli.app import app
 from cli.render_plan import duration, size
 
-SMALL = ["--image-size", "64"]
+SMALL = ["--encoder", "patch", "--image-size", "64"]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def test_without_a_sample_hours_are_unknown(here: Path) -> None:
         (["plan", "nowhere"], ["nowhere", "latentstore encode FOLDER"]),
         (["plan", *SMALL, "--machines", "1,x"], ["1,x", "1,4,16"]),
         (["plan", *SMALL, "--machines", "0"], ["1 or more"]),
-        (["plan", "--encoder", "nothing"], ["nothing", "patch"]),
+        (["plan", "--encoder", "nothing"], ["nothing", "tiny, patch"]),
     ],
 )
 def test_what_cannot_be_planned(here: Path, words: list[str], said: list[str]) -> None:

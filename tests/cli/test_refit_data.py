@@ -28,7 +28,7 @@ def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "images").mkdir()
     for i in range(60):
         picture(i, 64).save(folder / "images" / f"{i}.png")
-    run_encode(folder / "images", folder / "latents.zarr", image_size=request.param)
+    run_encode(folder / "images", folder / "latents.zarr", encoder="patch", image_size=request.param)
     run_simulate(folder / "latents.zarr", folder / "pairs.zarr", Diffusion(0.2), per_origin=PER)
     (found,) = ModelPairs.by_model(Collection.open(folder / "pairs.zarr"), PARTS).values()
     assert found.in_span == (request.param == 64)

@@ -13,7 +13,7 @@ from cli.app import app
 from latentstore.removal import Removal
 from latentstore.verify import Verification
 
-SMALL = ["--image-size", "64"]
+SMALL = ["--encoder", "patch", "--image-size", "64"]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ PatchEncoder.encode = lambda self, *a: (time.sleep(0.2), whole(self, *a))[1]
 MAIN = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = ["latentstore", "encode", "images", "--image-size", "64", *sys.argv[1:]]
+sys.argv = ["latentstore", "encode", "images", "--encoder", "patch", "--image-size", "64", *sys.argv[1:]]
 from cli.app import main
 main()
 """

@@ -14,7 +14,7 @@ from cli.app import app
 from cli.collection import Collection
 from latentstore.store import open_store
 
-SMALL = ["--image-size", "64"]
+SMALL = ["--encoder", "patch", "--image-size", "64"]
 
 
 def invoke(*words: str, code: int = 0) -> str:
@@ -68,7 +68,7 @@ def test_prior_of_another_store(here: Path) -> None:
     assert not np.array_equal(latents(here / "own.zarr"), latents(here / "lent.zarr"))
     said = invoke("simulate", "--out", "own.zarr", "--prior", "half.zarr", code=2)
     assert "prior" in said
-    invoke("encode", "half", "--store", "wide.zarr", "--image-size", "128")
+    invoke("encode", "half", "--store", "wide.zarr", "--encoder=patch", "--image-size=128")
     assert "space" in invoke("simulate", "--out", "x.zarr", "--prior", "wide.zarr", code=1)
     assert not (here / "x.zarr").exists()
 

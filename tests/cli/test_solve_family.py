@@ -203,7 +203,13 @@ def test_queries_of_another_store_choose_and_measure(alone: Path, store: Path, t
     assert "36 queries" in text
     folder = tmp_path / "wide"
     folder.mkdir()
-    run_encode(alone.parent, folder / "w.zarr", manifest=alone.parent / "pairs.zarr.csv", image_size=64)
+    run_encode(
+        alone.parent,
+        folder / "w.zarr",
+        manifest=alone.parent / "pairs.zarr.csv",
+        encoder="patch",
+        image_size=64,
+    )
     assert "space" in solve(*words, "--queries", folder / "w.zarr", code=1)
     assert "nowhere" in solve(*words, "--queries", tmp_path / "nowhere.zarr", code=2)
 
@@ -271,7 +277,7 @@ def test_simulating_what_cannot_be_is_refused(alone: Path, here: Path) -> None:
     few = here / "few"
     few.mkdir()
     (few / "one.png").write_bytes((alone.parent / "0.png").read_bytes())
-    run_encode(few, here / "few.zarr", image_size=32)
+    run_encode(few, here / "few.zarr", encoder="patch", image_size=32)
     said = solve("--method", "svd", "--rank", "4", "--simulate", "--store", here / "few.zarr", code=2)
     assert "at least 2" in said
 

@@ -63,7 +63,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 lines.append(f"{i}{kind}.png,{i},{role},{split},{model}")
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     made = folder / "pairs.zarr"
-    invoke("encode", "--manifest", folder / "list.csv", "--store", made, "--image-size", "64")
+    invoke("encode", "--manifest", folder / "list.csv", "--store", made, "--encoder=patch", "--image-size=64")
     return made
 
 
@@ -273,7 +273,7 @@ def test_methods_that_cannot_be_swept_are_refused(store: Path) -> None:
 
 
 def test_a_collection_without_pairs_or_queries_is_told_what_to_do(here: Path) -> None:
-    invoke("encode", "images", "--image-size", "64")
+    invoke("encode", "images", "--encoder=patch", "--image-size=64")
     for method in ("svd", "gnull"):
         said = invoke("sweep", "--method", method, code=1)
         assert f"--method {method} learns from pairs" in said

@@ -92,7 +92,7 @@ def test_a_run_is_repeated_exactly(planted: tuple[str, Report]) -> None:
 
 
 def test_a_store_of_one_model_gets_a_second_one_and_says_so(here: Path) -> None:
-    ran("encode", "images", "--image-size", "32")
+    ran("encode", "images", "--encoder=patch", "--image-size=32")
     ran("simulate", "--out", "pairs.zarr", "--per-origin", "4")
     text = ran(
         "theory", "--store", "pairs.zarr", "--rank", "16", "--out", "theory.json", "--images", "images"
@@ -125,7 +125,7 @@ def test_two_models_of_a_store_are_taken_as_they_are(here: Path) -> None:
             role = "translation" if model else "origin"
             lines.append(f"{name},{i},{role},{model}\n")
     Path("list.csv").write_text("".join(lines))
-    ran("encode", "--manifest", "list.csv", "--image-size", "64", "--store", "pairs.zarr")
+    ran("encode", "--manifest", "list.csv", "--encoder=patch", "--image-size=64", "--store", "pairs.zarr")
     report = json.loads(ran("theory", "--store", "pairs.zarr", "--json"))
     assert (report["data"]["first model"], report["data"]["second model"]) == ("noise", "shift")
     assert not any("simulated in memory" in c for c in report["caveats"])
@@ -177,14 +177,14 @@ def test_pairs_of_one_origin_are_refused(here: Path) -> None:
     Path("list.csv").write_text(
         "path,identity,role,split\na.png,a,origin,train\nb.png,b,origin,train\nc.png,a,translation,train\n"
     )
-    ran("encode", "--manifest", "list.csv", "--image-size", "32", "--store", "one.zarr")
+    ran("encode", "--manifest", "list.csv", "--encoder=patch", "--image-size=32", "--store", "one.zarr")
     text = ran("theory", "--store", "one.zarr", code=1)
     assert "holds 1 training pair of one origin" in text
     assert "at least two origins" in text
 
 
 def test_what_cannot_be_checked_is_refused(here: Path) -> None:
-    ran("encode", "images", "--image-size", "32")
+    ran("encode", "images", "--encoder=patch", "--image-size=32")
     text = ran("theory", "--store", "latents.zarr", code=1)
     assert "holds 0 pairs" in text
     assert "latentstore simulate --store latents.zarr" in text

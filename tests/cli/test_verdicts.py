@@ -65,7 +65,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         (folder / "images").mkdir()
         for i in range(n):
             draw(i).save(folder / f"images/{i:04d}.png", compress_level=1)
-        workflows.run_encode(folder / "images", folder / "s.zarr", image_size=SIZE)
+        workflows.run_encode(folder / "images", folder / "s.zarr", encoder="patch", image_size=SIZE)
         return Collection.open(folder / "s.zarr")
 
     return collection
@@ -231,7 +231,9 @@ def test_a_photo_is_searched_for_without_its_own_copies_and_crops(tmp_path: Path
             (attacks.jpeg(90)(own, 0) if name.endswith("c") else own).save(tmp_path / f"{name}.png")
             lines.append(f"{name}.png,{name},{group}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    workflows.run_encode(tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "list.csv", image_size=SIZE)
+    workflows.run_encode(
+        tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "list.csv", encoder="patch", image_size=SIZE
+    )
     collection = Collection.open(tmp_path / "s.zarr")
     photos = Photos.of(collection, refitted=True)
     assert len(np.unique(photos.mark)) == 60
@@ -340,7 +342,9 @@ def test_no_verdict_where_nothing_is_left_to_calibrate_on(tmp_path: Path, make: 
     for i in range(60):
         picture(i, 32).save(tmp_path / f"{i}.png")
     (tmp_path / "list.csv").write_text("\n".join(["path,identity,role,split", *lines]))
-    workflows.run_encode(tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "list.csv", image_size=32)
+    workflows.run_encode(
+        tmp_path, tmp_path / "s.zarr", manifest=tmp_path / "list.csv", encoder="patch", image_size=32
+    )
     trained = Collection.open(tmp_path / "s.zarr")
     learned = Projection(np.eye(64)[:, :8], np.eye(64)[:, :8], method="cosface")
     judge, why = judge_for(trained, learned)
@@ -359,7 +363,7 @@ def test_no_verdict_where_nothing_is_left_to_calibrate_on(tmp_path: Path, make: 
 def test_pictures_that_are_all_alike_give_no_verdict(tmp_path: Path) -> None:
     for i in range(60):
         picture(0 if i < 59 else 1, 32).save(tmp_path / f"{i}.png", compress_level=i % 9)
-    workflows.run_encode(tmp_path, tmp_path / "s.zarr", image_size=32)
+    workflows.run_encode(tmp_path, tmp_path / "s.zarr", encoder="patch", image_size=32)
     collection = Collection.open(tmp_path / "s.zarr")
     judge, why = judge_for(collection, own_projection(collection)[0])
     assert judge is None

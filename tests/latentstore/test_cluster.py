@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from odd_sources import Blank, Fatal, Silent, Slow
-from store_worlds import data_files, encode_patch, make_store, partials, photo_folder
+from store_worlds import data_files, make_store, partials, photo_folder
 
 from latentstore import cluster
 from latentstore.cluster import (
@@ -29,19 +29,8 @@ from latentstore.store import open_store
 from latentstore.tasks import ShardOutcome
 
 RECIPE = {"name": "patch", "image_size": 64}
-N = 1300  # 16 shards of 84 rows: more than fit the window of two workers
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return photo_folder(tmp_path_factory.mktemp("cluster") / "in", N)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(photos):
-    root = photos.parent / "undisturbed.zarr"
-    encode_patch(photos, root)
-    return root
+N = 800  # of ``photos``: ten shards of 84 rows, more than fit the window of two workers
+assert N > 2 * WINDOW * 84
 
 
 @pytest.fixture(scope="module")
@@ -175,23 +164,23 @@ def test_rows_count_once_however_often_a_shard_is_tried(tmp_path):
 
 
 def test_the_scheduler_holds_no_more_than_the_window(tmp_path, client):
-    """200 shards; each outcome is forgotten as soon as it is told."""
+    """60 shards; each outcome is forgotten as soon as it is told."""
     held = []
 
     def look(rows, bad):
         held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
 
     summary = encode(
-        Blank(tmp_path, rows=200 * 84),
+        Blank(tmp_path, rows=60 * 84),
         tmp_path / "s.zarr",
         PatchEncoder(8),
         shard_rows=84,
         run=on_cluster(client, {"name": "patch", "image_size": 8}),
         on_rows=look,
     )
-    assert summary.encoded == 200 * 84
-    assert len(held) >= 200
-    # A window of tasks, and as many again that are being let go; without that it would hold all 200.
+    assert summary.encoded == 60 * 84
+    assert len(held) >= 60
+    # A window of tasks, and as many again that are being let go; without that it would hold all 60.
     assert max(held) <= 2 * (2 * WINDOW)
 
 

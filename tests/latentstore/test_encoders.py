@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from store_worlds import SIZE, encode_patch, picture
-from vae_worlds import build, load, pictures
+from vae_worlds import SETTINGS, build, load, pictures, save
 
 import latentstore
 from latentstore.encode import Source, encode
-from latentstore.encoders import PatchEncoder, load_for, patches, row_noise
+from latentstore.encoders import PatchEncoder, load_encoder, load_for, patches, row_noise
+from latentstore.encoders.checkpoints import hash_model
 from latentstore.errors import EncoderError, SpaceMismatchError, UsageError
 from latentstore.store import open_store
 
@@ -120,6 +122,29 @@ def test_row_noise():
         assert abs(np.corrcoef(a, other)[0, 1]) < 5 / np.sqrt(5000)
     assert abs(a.mean()) < 5 / np.sqrt(5000)
     assert abs(a.var() - 1) < 5 * np.sqrt(2 / 5000)
+
+
+# --- tiny, the default ---------------------------------------------------------------------------------
+
+
+def test_the_default_is_tiny_and_of_patchs_shape():
+    encoder = load_encoder(image_size=SIZE, device="cpu")
+    assert encoder.facts["name"] == "tiny"
+    assert encoder.space == load_encoder("tiny", image_size=SIZE, device="cpu").space
+    assert encoder.space.latent_shape == PatchEncoder(SIZE).space.latent_shape
+    assert encoder.space.id != PatchEncoder(SIZE).space.id
+
+
+@pytest.mark.parametrize("size", [8, 72])
+def test_tiny_takes_the_sizes_that_patch_takes(size):
+    encoder = load_encoder(image_size=size, device="cpu")
+    assert encoder.encode(pictures(1, size), np.arange(1)).shape == (1, PatchEncoder(size).space.dim)
+
+
+@pytest.mark.parametrize("size", [0, 7, 65, 250, -8])
+def test_tiny_refuses_the_sizes_that_patch_refuses(size):
+    with pytest.raises(UsageError, match="multiple of 8"):
+        load_encoder(image_size=size, device="cpu")
 
 
 # --- diffusers ---------------------------------------------------------------------------------------
@@ -251,6 +276,98 @@ def test_the_space_follows_the_encoders_configuration(kl, tmp_path, options, cha
     assert (load(tmp_path / "vae").space.id != load(kl).space.id) is changes
 
 
+def written_anew(folder, to, changed):
+    """Copy a model folder, its config.json changed by a function."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(changed(config)))
+    return to
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_default_that_is_stated_or_left_out_is_the_same_space(kind, tmp_path):
+    """Which settings a config.json spells out depends on the diffusers that wrote it."""
+    import diffusers
+
+    defaults = inspect.signature(getattr(diffusers, kind).__init__).parameters
+
+    def terse(config):
+        stated = {k: v for k, v in config.items() if k not in defaults or v != listed(defaults[k].default)}
+        assert len(stated) < len(config) - 3
+        return stated
+
+    def listed(value):
+        return list(value) if isinstance(value, tuple) else value
+
+    whole = save(tmp_path / "whole", kind)
+    short = written_anew(whole, tmp_path / "short", terse)
+    assert load(short).space == load(whole).space
+
+
+@pytest.mark.parametrize(("value", "same"), [([8, 8], True), ([8, 16], False)])
+def test_a_setting_that_a_newer_diffusers_adds(kl, monkeypatch, value, same):
+    """At its default it says nothing: stores must not be left behind by an update."""
+    import diffusers
+
+    model = diffusers.AutoencoderKL.from_pretrained(kl, use_safetensors=True)
+    before = hash_model(model)
+    known = inspect.signature(diffusers.AutoencoderKL.__init__)
+    window = inspect.Parameter("window", inspect.Parameter.KEYWORD_ONLY, default=(8, 8))
+    newer = known.replace(parameters=[*known.parameters.values(), window])
+    monkeypatch.setattr(diffusers.AutoencoderKL.__init__, "__signature__", newer, raising=False)
+    model.register_to_config(window=value, _diffusers_version="9.9", _name_or_path="elsewhere")
+    assert (hash_model(model) == before) is same
+
+
+KL_UP = {"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D") * 2, "use_post_quant_conv": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("AutoencoderKL", KL_UP),
+        ("AutoencoderKL", {"force_upcast": False, "sample_size": 512, "latents_mean": [0.5] * 4}),
+        ("AutoencoderTiny", {"decoder_block_out_channels": (16,) * 4, "num_decoder_blocks": (2,) * 4}),
+        ("AutoencoderTiny", {"latent_magnitude": 5, "latent_shift": 0.1, "upsample_fn": "bilinear"}),
+        ("VQModel", {"num_vq_embeddings": 32, "lookup_from_codebook": True}),
+        ("AsymmetricAutoencoderKL", {"up_block_out_channels": (64,) * 4, "layers_per_up_block": 2}),
+        ("AutoencoderDC", {"upsample_block_type": "interpolate", "decoder_layers_per_block": (2, 1, 1)}),
+        ("ConsistencyDecoderVAE", {"decoder_norm_eps": 1e-3}),
+    ],
+)
+def test_what_only_decoding_reads_is_no_part_of_the_space(kind, options, tmp_path):
+    model, other = build(kind), build(kind, seed=1, **options)
+    half = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in ("encoder", "quant_conv")}
+    assert not other.load_state_dict(half, strict=False).unexpected_keys
+    for name, each in (("one", model), ("other", other)):
+        each.save_pretrained(tmp_path / name, safe_serialization=True)
+    one, two = load(tmp_path / "one"), load(tmp_path / "other")
+    assert two.space == one.space
+    x = pictures(2)
+    np.testing.assert_array_equal(two.encode(x, np.arange(2)), one.encode(x, np.arange(2)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("AutoencoderKL", {"norm_num_groups": 2}),
+        ("AutoencoderTiny", {"act_fn": "silu"}),
+        ("VQModel", {"act_fn": "relu"}),
+        ("AutoencoderDC", {"encoder_out_shortcut": False}),
+        ("ConsistencyDecoderVAE", {"encoder_act_fn": "relu"}),
+    ],
+)
+def test_a_setting_that_no_tensor_shows_is_part_of_the_space(kind, options, tmp_path):
+    model, other = build(kind), build(kind, **options)
+    other.load_state_dict(model.state_dict())  # the same tensors, to the last
+    for name, each in (("one", model), ("other", other)):
+        each.save_pretrained(tmp_path / name, safe_serialization=True)
+    one, two = load(tmp_path / "one"), load(tmp_path / "other")
+    assert two.space.id != one.space.id
+    x = pictures(1)
+    assert np.abs(two.encode(x, np.arange(1)) - one.encode(x, np.arange(1))).max() > 1e-3
+
+
 def test_the_image_size_gives_another_space(kl):
     assert load(kl).space.id != load(kl, image_size=128).space.id
     assert load(kl, image_size=128).space.dim == 4 * 256
@@ -269,7 +386,7 @@ def refused(name, match):
 
 
 def test_unknown_names(tmp_path):
-    assert "patch" in refused("patsch", "There is no encoder")
+    assert "tiny, patch" in refused("patsch", "There is no encoder")
     refused(tmp_path / "none", "There is no encoder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither config.json")

@@ -20,7 +20,7 @@ SMALL = {
     faults.workers_killed: 1,
     faults.files_added: 1,
     faults.disk_full: 1,
-    faults.poisoned: 2,
+    faults.poisoned: 1,
     faults.two_jobs: 2,
     faults.bytes_flipped: 250,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from store_worlds import data_files, encode_patch, photo_folder
@@ -15,11 +17,19 @@ from latentstore.verify import verify
 N = 400
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A store and, beside it, the pictures that it was made from. Read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    photo_folder(folder / "in", N)
+    encode_patch(folder / "in", folder / "s.zarr")
+    return folder / "s.zarr"
+
+
 @pytest.fixture
-def store(tmp_path):
-    photo_folder(tmp_path / "in", N)
-    encode_patch(tmp_path / "in", tmp_path / "s.zarr")
-    return tmp_path / "s.zarr"
+def store(whole, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(whole, tmp_path / "s.zarr")
 
 
 def found(root):
@@ -36,8 +46,10 @@ def test_a_whole_store_is_whole(store):
     assert result.bytes > N * 512
 
 
-def test_every_flipped_byte_is_found(store):
+def test_every_flipped_byte_is_found(tmp_path):
     """Bytes spread over arrays, records, manifest parts, lists and metadata; one at a time, then put back."""
+    store = tmp_path / "s.zarr"
+    encode_patch(photo_folder(tmp_path / "in", 180), store)  # three shards, the last one short
     rng = np.random.default_rng(0)
     files = [p for p in sorted(store.rglob("*")) if p.is_file() and p.name != "lock"]
     kinds = {p.relative_to(store).parts[0] for p in files}
@@ -99,7 +111,9 @@ def test_an_unfinished_store_is_open_not_damaged(store):
     assert (result.damages, result.open_shards) == ([], 1)
 
 
-def test_growing_keeps_the_seal(store, tmp_path):
+def test_growing_keeps_the_seal(tmp_path):
+    store = tmp_path / "s.zarr"
+    encode_patch(photo_folder(tmp_path / "in", 100), store)
     for i in range(3):
         (tmp_path / "in" / f"z{i}.png").write_bytes((tmp_path / "in" / "0001.png").read_bytes())
     encode_patch(tmp_path / "in", store)

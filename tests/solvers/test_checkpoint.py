@@ -30,6 +30,7 @@ CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
+import torch._dynamo  # once, before the forks: its optimisers import it at their first step
 torch.set_num_threads(1)
 from test_checkpoint import CFG, judge, make_source
 from solvers.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ def kill(step, steps, loss):
         os.kill(os.getpid(), signal.SIGKILL)
 
 for last in map(int, sys.argv[3:]):
-    child = os.fork()  # torch is imported once
+    child = os.fork()
     if child == 0:
         ours = Checkpoint(sys.argv[2], every_steps=3, key="k")
         train(CFG, make_source(), validate=judge, progress=kill, checkpoint=ours)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,13 +20,15 @@ from solvers.files import read_safetensors
 from solvers.sgd import train
 
 HERE = Path(__file__).parent
-# Run by torchrun, twice over: every scenario in one start, since a start costs an import of torch.
+# Every scenario in one start, since a start costs an import of torch; that is also why the second process is
+# forked from the first, in the environment that torchrun gives (tests/cli starts torchrun itself).
 CHILD = """
-import json, sys
+import json, os, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
+import torch._dynamo  # its optimisers import it at their first step
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import CFG, judge, make_source
@@ -35,6 +38,8 @@ from solvers.errors import DivergedError, SolverUsageError, StoppedError
 from solvers.sgd import ArraySource, train
 from test_distributed import BREAKS_AT, SCENARIOS
 
+child = os.fork()
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if child == 0 else "0"
 out, world = Path(sys.argv[2]), World.from_environment("cpu")
 lead, said, calls = world.rank == 0, {}, []
 validate = judge if lead else None
@@ -82,6 +87,8 @@ except DivergedError as error:
     said["diverged"] = [str(error).split(" of ")[1], bool(np.isfinite(error.weights).all())]
 (out / f"said-{world.rank}.json").write_text(json.dumps(said))
 world.close()
+if lead:
+    assert os.waitpid(child, 0)[1] == 0
 """
 SCENARIOS = {
     "plain": {},
@@ -96,11 +103,18 @@ def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     script = out / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     root = str(HERE.parents[1])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = subprocess.run(
-        [*command, str(script), str(HERE), str(out)], capture_output=True, env=env, timeout=240, text=True
+        [sys.executable, str(script), str(HERE), str(out)],
+        capture_output=True,
+        env=env,
+        timeout=240,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     said = [json.loads((out / f"said-{rank}.json").read_text()) for rank in (0, 1)]

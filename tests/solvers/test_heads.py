@@ -122,46 +122,60 @@ def test_attention_is_softmax_of_scaled_products():
     assert module.multiply_adds == pairs + 36 * per_token + DIM * RANK
 
 
-# Run as a child: a process's largest memory never falls again. The first run brings in all libraries and
-# holds a sixteenth of the batch at a time; embeddings, their gradient and copies are 4 more arrays. Of two
-# steps the second has Adam's moments beside it.
+# Run as a child, which forks one for each head: a process's largest memory never falls again, and torch is
+# imported once (its optimisers import torch._dynamo at their first step). The first run brings in all other
+# libraries and holds a sixteenth of the batch at a time; embeddings, their gradient and copies are 4 more
+# arrays. Of two steps the second has Adam's moments beside it.
 GROWTH = """
-import gc, sys
+import gc, os, sys
 from dataclasses import replace
 import numpy as np
+import torch._dynamo
 from solvers.heads import build_head
 from solvers.sgd import ArraySource, CosFace, train
 
-name, classes = sys.argv[1], 64
-shape, rank, rows = {
+CLASSES = 64
+SIZES = {
     "mlp": ((4, 12, 12), 576, 4096),
     "convolution": ((4, 24, 24), 2304, 1024),
-    "attention": ((4, 24, 24), 32, 128),
-}[name]
-dim = int(np.prod(shape))
-knobs = {"layers": 7} if name == "mlp" else {"latent_shape": shape}
-labels = np.repeat(np.arange(classes), rows // classes)
-x = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
-cfg = CosFace(
-    rank=rank, head=name, steps=2, batch_identities=classes, per_identity=rows // classes,
-    class_init="random", device="cpu", accumulate=16, ema=False, **knobs,
-)
-def peak(cfg):
-    train(cfg, ArraySource(x, labels))
+    "attention": ((4, 24, 24), 32, 64),
+}
+
+def peak(cfg, source):
+    train(cfg, source)
     gc.collect()
     # Not getrusage: its peak is inherited from the process that started this one.
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-parts = peak(cfg)
-grown = peak(replace(cfg, accumulate=1)) - parts
-print((build_head(name, dim, rank, **knobs).row_bytes + 16 * rank) * rows * 15 // 16, grown)
+
+def growth(name):
+    shape, rank, rows = SIZES[name]
+    dim = int(np.prod(shape))
+    knobs = {"layers": 7} if name == "mlp" else {"latent_shape": shape}
+    labels = np.repeat(np.arange(CLASSES), rows // CLASSES)
+    source = ArraySource(np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32), labels)
+    cfg = CosFace(
+        rank=rank, head=name, steps=2, batch_identities=CLASSES, per_identity=rows // CLASSES,
+        class_init="random", device="cpu", accumulate=16, ema=False, **knobs,
+    )
+    parts = peak(cfg, source)
+    grown = peak(replace(cfg, accumulate=1), source) - parts
+    return (build_head(name, dim, rank, **knobs).row_bytes + 16 * rank) * rows * 15 // 16, grown
+
+for name in SIZES:
+    child = os.fork()
+    if child == 0:
+        print(name, *growth(name), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
 """
 
 
-@pytest.mark.parametrize("name", ["mlp", "convolution", "attention"])
-def test_what_a_batch_holds_in_the_head_is_counted(name):
+@pytest.fixture(scope="module")
+def growths():
+    """By head: the bytes that are counted for a batch, and those by which the process grew."""
     run = subprocess.run(
-        [sys.executable, "-c", GROWTH, name],
+        [sys.executable, "-c", GROWTH],
         capture_output=True,
         text=True,
         # Memory that is freed is given back at once: what is counted is what is held, to the megabyte.
@@ -170,7 +184,13 @@ def test_what_a_batch_holds_in_the_head_is_counted(name):
         cwd=Path(__file__).parents[2],
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    counted, measured = map(int, run.stdout.split())
+    lines = (line.split() for line in run.stdout.splitlines())
+    return {name: (int(counted), int(measured)) for name, counted, measured in lines}
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolution", "attention"])
+def test_what_a_batch_holds_in_the_head_is_counted(growths, name):
+    counted, measured = growths[name]
     # Too little would let a run die; far too much would refuse one that fits.
     assert 0.7 * measured < counted < 1.6 * measured
 

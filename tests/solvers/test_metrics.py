@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 from solver_worlds import gaussian
 
+from solvers import metrics
 from solvers.closed import Analytic, PairData, RandomSubspace
 from solvers.errors import LeakError, SolverUsageError
 from solvers.metrics import (
@@ -377,3 +378,21 @@ def test_reporting_on_identities_used_for_choosing_is_refused():
         with pytest.raises(LeakError, match="1 of the"):
             refuse_leak(p, identities)
     refuse_leak(Projection(W, W), ["ann"])
+
+
+def test_resamples_that_are_kept_are_those_of_the_seed(monkeypatch):
+    rng = np.random.default_rng(0)
+    values, groups, strata = rng.standard_normal(300), rng.integers(60, size=300), np.arange(300) % 3
+
+    def intervals(seed):
+        return [
+            *bootstrap(values, groups, strata=strata, repeats=120, seed=seed),
+            *quantile_bootstrap(values, groups, [0.5], repeats=120, seed=seed)[0],
+        ]
+
+    kept = intervals(1)
+    assert intervals(1) == kept
+    monkeypatch.setattr(metrics, "_KEPT", 0)
+    # Products of 120 rows or of 50 at a time: sums of 60 numbers may be added in another order.
+    assert intervals(1) == pytest.approx(kept, rel=60 * np.finfo(float).eps)
+    assert intervals(2) != pytest.approx(kept, rel=1e-3)

@@ -30,6 +30,7 @@ SETTINGS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
+import torch._dynamo  # once, before the forks: its optimisers import it at their first step
 from test_checkpoint import CFG, make_source
 from dataclasses import replace
 from solvers.sgd import train
