@@ -145,7 +145,7 @@ def _agree(settings: Mapping[str, Any]) -> None:
     if not SETTINGS.exists():
         write_atomic(SETTINGS, (json.dumps(asked, indent=1) + "\n").encode())
     held = json.loads(SETTINGS.read_text(encoding="utf-8"))
-    other = [name for name in asked if held.get(name) != asked[name]]
+    other = [name for name in asked if held.get(name, asked[name]) != asked[name]]
     if other:
         raise UsageError(
             f"{Path.cwd()} was made with {other[0]} {held.get(other[0])}, and {asked[other[0]]} is asked for "
@@ -201,7 +201,8 @@ def measured(stages: Stages, plan: Plan, world: Photos, models: dict[str, Path])
     keep("residuals", partial(world_models.residuals, learned))
     keep("apart", world_models.tell_apart)
     keep("table 4", partial(world_models.table_4, models, plan.encoder))
-    keep("theory", partial(world_models.check_theory, models, plan))
+    if plan.theory:
+        keep("theory", partial(world_models.check_theory, models, plan))
     tested = [(p.name, p.path) for p in world.of("test")]
     keep("verdicts", partial(world_models.verdicts, first, tested))
     if plan.ablations:
@@ -222,7 +223,7 @@ def assembled(made: Mapping[str, Report], stages: Stages, plan: Plan, world: Pho
     main = replace(
         evaluation,
         title="The miniature world: translations by two small diffusion models, traced",
-        summary=[f.sentence for f in findings],
+        summary=[world_findings.lead(findings), *(f.sentence for f in findings)],
         data={**_described(plan, world), "findings": [f.to_dict() for f in findings]},
         settings={**_settings(made, plan), CHOSEN: made["headline"].settings[CHOSEN]},
         reproduce=["python -m benchmarks.world PHOTOS"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -17,6 +18,11 @@ Outcome = Literal["holds", "does not hold", "cannot be told"]
 Interval = tuple[float, float] | None
 Reports = Mapping[str, Report]
 """Stage -> its report, as ``benchmarks.world`` makes them."""
+_COUNTED: Mapping[Outcome, str] = {
+    "holds": "hold",
+    "does not hold": "do not hold",
+    "cannot be told": "cannot be told by these figures",
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,13 @@ def find(reports: Reports) -> list[Finding]:
         *_autoencoders(reports["table 4"]),
         *_promises(reports["verdicts"]),
     ]
+
+
+def lead(findings: Sequence[Finding]) -> str:
+    """Return how many claims hold here, do not, and cannot be told."""
+    count = Counter(f.outcome for f in findings)
+    told = ", ".join(f"{count[outcome]} {words}" for outcome, words in _COUNTED.items())
+    return f"Of {len(findings)} claims about W, on translations by two networks trained for this: {told}."
 
 
 def _seen(reports: Reports, first: str) -> Iterator[Finding]:

@@ -43,6 +43,8 @@ class Plan:
         Pictures translated at once.
     encoder : str
         Of the latents that are searched.
+    theory : bool
+        Check the paper's lemmas, too.
     """
 
     prompts: tuple[tuple[str, int], ...] = (("a", 2), ("b", 1))
@@ -65,6 +67,7 @@ class Plan:
     repeats: int = 10
     batch: int = 8
     encoder: str = "tiny"
+    theory: bool = True
 
 
 SMALL = Plan(

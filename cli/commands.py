@@ -213,6 +213,9 @@ def demo(
     limit: Annotated[int, typer.Option(help="Use at most so many images.")] = 3000,
     image_size: Annotated[int, typer.Option(help="Side in pixels that the encoder sees.")] = 256,
     budget: Annotated[float, typer.Option(help="Seconds of CosFace training.")] = 40.0,
+    translated: Annotated[
+        int, typer.Option(help="Test pictures to translate by each of the package's models.", min=0)
+    ] = 30,
     json_: Json = False,
 ) -> None:
     """Run the whole way on real photographs and write a page that shows how well origins are found.
@@ -223,7 +226,13 @@ def demo(
     from cli.demo import DemoOptions, run_demo
 
     options = DemoOptions(
-        images=images, out=out, rank=rank, limit=limit, image_size=image_size, budget=budget
+        images=images,
+        out=out,
+        rank=rank,
+        limit=limit,
+        image_size=image_size,
+        budget=budget,
+        translated=translated,
     )
     result = run_demo(options, say=(lambda text: None) if json_ else render.say, command=command_line())
     if json_:

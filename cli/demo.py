@@ -48,6 +48,7 @@ class DemoOptions:
     limit: int = 3000
     image_size: int = 256
     budget: float = 40.0
+    translated: int = 30
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,14 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
     with stage("attack the test pictures, encode"):
         attacked = _attacked(gallery, root, options)
     made: Collection | None = None
-    if demo_world.models():
+    if options.translated and demo_world.models():
         with stage("translate from prompts, encode"):
             made = demo_world.translated(
-                out / "latents.zarr", out, encoder=DEFAULT, image_size=options.image_size
+                out / "latents.zarr",
+                out,
+                count=options.translated,
+                encoder=DEFAULT,
+                image_size=options.image_size,
             )
 
     rank = min(options.rank, gallery.store.layout.dim)
@@ -152,7 +157,7 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
             "image size": options.image_size,
             "simulated translations": f"{PER_ORIGIN} an origin, {DIFFUSION.name}",
             "attacks": ", ".join(a.name for a in ATTACKS),
-            **(_translations() if made else {}),
+            **(_translations(options.translated) if made else {}),
             results.CHOSEN: best,
         },
         reproduce=[command or "latentstore demo", *_commands(out, rank)],
@@ -336,10 +341,10 @@ def _data(
     }
 
 
-def _translations() -> dict[str, str]:
+def _translations(count: int) -> dict[str, str]:
     """Return how the prompted translations were made."""
     return {
-        demo_world.HEADLINE: f"{demo_world.ORIGINS} originals by each of {', '.join(demo_world.models())}, "
+        demo_world.HEADLINE: f"{count} originals by each of {', '.join(demo_world.models())}, "
         f"strength {demo_world.STRENGTH}, {demo_world.STEPS} steps, guidance {demo_world.GUIDANCE}"
     }
 

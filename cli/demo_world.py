@@ -9,26 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-import latentstore
 from cli.collection import Collection, Queries
 from cli.translating import TranslateOptions, translate
 from cli.translation_plan import Originals
 from cli.workflows import run_encode
 from latentstore.errors import UsageError
+from latentstore.translate import SHIPPED
 
-WORLD = Path(latentstore.__file__).parent / "data" / "world"
 HEADLINE = "translations from text prompts"
-ORIGINS, STRENGTH, STEPS, GUIDANCE = 30, 0.6, 10, 3.0
+STRENGTH, STEPS, GUIDANCE = 0.6, 10, 3.0
 
 
 def models() -> dict[str, Path]:
     """Return the models' folders by name; none where they, or what reads their prompts, are not installed."""
     if find_spec("transformers") is None:
         return {}
-    return {folder.parent.name: folder.parent for folder in sorted(WORLD.glob("*/model_index.json"))}
+    return {name: folder for name, folder in SHIPPED.items() if (folder / "model_index.json").exists()}
 
 
-def translated(originals: Path, out: Path, *, encoder: str, image_size: int) -> Collection:
+def translated(originals: Path, out: Path, *, count: int, encoder: str, image_size: int) -> Collection:
     """Translate some test originals by each model, encode what they made, and open it.
 
     Every picture becomes another thing: its prompt is a class's words, drawn by seed.
@@ -39,6 +38,8 @@ def translated(originals: Path, out: Path, *, encoder: str, image_size: int) -> 
         Store of the pictures.
     out : Path
         Folder for the pictures, ``translated``, and their store.
+    count : int
+        Originals.
     encoder : str
     image_size : int
 
@@ -54,13 +55,13 @@ def translated(originals: Path, out: Path, *, encoder: str, image_size: int) -> 
         prompts = folder / f"prompts-{name}.csv"
         _write_prompts(prompts, originals, model)
         options = TranslateOptions(
-            models=(f"{name}={model}",),
+            models=(name,),
             strengths=(STRENGTH,),
             prompts=prompts,
             split="test",
             steps=STEPS,
             guidance=GUIDANCE,
-            limit=ORIGINS,
+            limit=count,
             batch=6,
         )
         done = translate(Originals.of_store(originals), folder / name, options)

@@ -28,7 +28,8 @@ def translate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A diffusers pipeline: a folder or a hub name; NAME=FOLDER calls it NAME. May be repeated."
+            help="A diffusers pipeline: a folder or a hub name (NAME=FOLDER calls it NAME), or a or b, which "
+            "come with the package and are small. May be repeated."
         ),
     ] = None,
     store: Annotated[

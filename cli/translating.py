@@ -17,7 +17,16 @@ from cli.translation_folder import MANIFEST, Folder, opened
 from cli.translation_plan import Job, Original, Originals, choose, draw, file_name, find_prompts
 from latentstore.errors import ImageError, UsageError
 from latentstore.manifest import is_url
-from latentstore.translate import GUIDANCE, STEPS, Translator, check_model, check_name, name_of, real_steps
+from latentstore.translate import (
+    GUIDANCE,
+    SHIPPED,
+    STEPS,
+    Translator,
+    check_model,
+    check_name,
+    name_of,
+    real_steps,
+)
 
 Count = Callable[[int, int], None]
 NAMED = 20
@@ -311,7 +320,8 @@ def _models(options: TranslateOptions) -> dict[str, str]:
     """Return name → folder or hub name."""
     if not options.models:
         raise UsageError(
-            "No model is named. Give --model FOLDER of a diffusers pipeline, or a hub name (OWNER/NAME)."
+            "No model is named. Give --model FOLDER of a diffusers pipeline, a hub name (OWNER/NAME), or one "
+            f"of the small ones that come with the package ({', '.join(SHIPPED)})."
         )
     found: dict[str, str] = {}
     for word in options.models:

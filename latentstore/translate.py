@@ -29,6 +29,8 @@ from latentstore.schema import canonical_json
 
 STEPS, GUIDANCE = 20, 7.5
 """The guidance is the paper's (sec. 5.1). Steps are of the whole schedule; a strength runs a part of it."""
+SHIPPED = {name: Path(__file__).parent / "data" / "world" / name for name in ("a", "b")}
+"""Small models that come with the package, by name."""
 _INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 _NEEDED = (
@@ -54,7 +56,8 @@ class Translator:
     Parameters
     ----------
     model : str
-        The folder of a pipeline (with ``model_index.json``), or a hub name (``OWNER/NAME``).
+        The folder of a pipeline (with ``model_index.json``), a hub name (``OWNER/NAME``), or one of
+        :data:`SHIPPED`.
     name : str, optional
         What it is called in manifests and folders; by default the last part of ``model``.
     device : str
@@ -89,6 +92,7 @@ class Translator:
         import torch
 
         self.name = name_of(model) if name is None else name
+        model = str(SHIPPED.get(model, model))
         check_name(self.name)
         self.device = pick_device(device)
         _require_transformers()
@@ -259,6 +263,8 @@ class Translator:
 
 def name_of(model: str) -> str:
     """Return what a model is called when it is not named: the last part of its folder or hub name."""
+    if model in SHIPPED:
+        return model
     folder = Path(model)
     last = folder.resolve().name if folder.exists() else model.rstrip("/").rpartition("/")[2]
     return _UNSAFE.sub("-", last).strip(".-")
@@ -282,7 +288,7 @@ def check_model(model: str, revision: str | None = None) -> None:
         As :class:`Translator`.
     """
     _require_transformers()
-    _find_index(model, revision)
+    _find_index(str(SHIPPED.get(model, model)), revision)
 
 
 def real_steps(strength: float, steps: int) -> int:
@@ -320,8 +326,9 @@ def _find_index(model: str, revision: str | None) -> Mapping[str, Any]:
     if not folder.exists():
         if not _looks_like_hub_name(model):
             raise EncoderError(
-                f"There is no model {model}: no such folder (looked in {Path.cwd()}), and it is no hub name "
-                "(OWNER/NAME, for example stabilityai/stable-diffusion-2)."
+                f"There is no model {model}: it does not come with the package ({', '.join(SHIPPED)}), no "
+                f"such folder is in {Path.cwd()}, and it is no hub name (OWNER/NAME, for example "
+                "stabilityai/stable-diffusion-2)."
             )
         lacks = f"{_INDEX}, so no pipeline"
         index = hub_config(model, revision, [_INDEX], what="Model", lacks=lacks)[1]

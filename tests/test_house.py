@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "cupy", "faiss", "dask", "diffusers")
+HEAVY = ("torch", "cupy", "faiss", "dask", "diffusers", "transformers")
 ALLOWED = {"latentstore": set(), "solvers": set(), "cli": {"latentstore", "solvers"}}
 
 
@@ -35,7 +35,9 @@ def test_layers(package: str) -> None:
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["encode", "--help"], ["match", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["encode", "--help"], ["match", "--help"], ["translate", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     script = (
         f"import sys; sys.argv = ['latentstore', *{words!r}]\n"
@@ -94,7 +96,7 @@ def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if words[:2] in (["latentstore", "encode"], ["latentstore", "plan"]) and "--image-size" not in words:
             words += ["--image-size", "96"]
         if words[:2] == ["latentstore", "demo"]:
-            words += ["--image-size", "64", "--rank", "32", "--budget", "2"]
+            words += ["--image-size", "64", "--rank", "32", "--budget", "2", "--translated", "1"]
         if "OWNER/NAME" in command:
             continue  # a hub name: there is no hub in a test
         # In this process: forty others would import everything forty times.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cli import demo_world
 from cli.collection import Collection
 from cli.demo import HEADLINE, METHODS, DemoOptions, run_demo
 from latentstore import results
@@ -17,7 +18,7 @@ pytest.importorskip("skimage", reason="the demo's photographs come with scikit-i
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
-    run_demo(DemoOptions(out=out, rank=64, image_size=64, budget=1), say=lambda text: None)
+    run_demo(DemoOptions(out=out, rank=64, image_size=64, budget=1, translated=2), say=lambda text: None)
     return out
 
 
@@ -65,7 +66,7 @@ def test_a_second_run_reuses_the_store(demo: Path) -> None:
     shard = demo / "latents.zarr" / "latents" / "c" / "0" / "0"
     before = (shard.stat().st_ino, shard.stat().st_mtime_ns)
     old = results.load(demo / "report.json")
-    run_demo(DemoOptions(out=demo, rank=64, image_size=64, budget=1), say=lambda text: None)
+    run_demo(DemoOptions(out=demo, rank=64, image_size=64, budget=1, translated=2), say=lambda text: None)
     assert (shard.stat().st_ino, shard.stat().st_mtime_ns) == before
     again = results.load(demo / "report.json")
     closed = [m for m in METHODS if m != "cosface"]
@@ -75,11 +76,33 @@ def test_a_second_run_reuses_the_store(demo: Path) -> None:
 
 def test_own_images(here: Path) -> None:
     result = run_demo(
-        DemoOptions(images=here / "images", out=here / "out", rank=32, image_size=64, budget=2),
+        DemoOptions(images=here / "images", out=here / "out", rank=32, image_size=64, budget=2, translated=0),
         say=lambda text: None,
     )
     assert result.report.data["gallery"] == 60
     assert "tiles" not in result.report.summary[0]
+    assert f"{HEADLINE} were searched" in result.report.summary[0]
+
+
+def test_translations_by_both_models_come_first_and_nothing_was_fitted_on_them(demo: Path) -> None:
+    report = results.load(demo / "report.json")
+    made = Collection.open(demo / "translated.zarr")
+    assert sorted(made.model) == ["a", "a", "b", "b"]
+    assert set(made.split) == {"test"}
+    gallery = Collection.open(demo / "latents.zarr")
+    assert set(made.identity) <= set(gallery.identity[gallery.split == "test"])
+    assert report.find("mAP", subject="raw", group="translations by b")[0].n == 2
+    first = next(f.group for f in report.figures if f.name == "mAP")
+    assert first == demo_world.HEADLINE
+    assert report.summary[0].startswith(f"4 {first} were searched")
+
+
+def test_without_the_models_attacked_pictures_come_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_world, "models", dict)
+    options = DemoOptions(images=here / "images", out=here / "out", rank=32, image_size=64, budget=1)
+    report = run_demo(options, say=lambda text: None).report
+    assert next(f.group for f in report.figures if f.name == "mAP") == HEADLINE
+    assert not (here / "out" / "translated").exists()
 
 
 def test_too_few_images(here: Path) -> None:

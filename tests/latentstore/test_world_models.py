@@ -23,7 +23,7 @@ CARDS = {name: json.loads((WORLD / name / "card.json").read_text(encoding="utf-8
 
 @pytest.fixture(scope="module")
 def translators() -> dict[str, Translator]:
-    return {name: Translator(str(WORLD / name), device="cpu") for name in MODELS}
+    return {name: Translator(name, device="cpu") for name in MODELS}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,12 @@ def translated(translator: Translator, photo: np.ndarray, words: str, strength: 
     prompt = CARDS[translator.name]["template"].format(words)
     made = translator.translate(photo, [prompt], strength=strength, steps=5, guidance=3.0, seeds=[0])
     return made.astype(np.float64)
+
+
+def test_a_name_stands_for_the_folder_in_the_package(translators):
+    assert translators["b"].digest == Translator(str(WORLD / "b"), device="cpu").digest
+    assert translators["b"].digest != translators["a"].digest
+    assert {t.name for t in translators.values()} == set(MODELS)
 
 
 def test_all_networks_together_are_small():
