@@ -48,6 +48,10 @@ _FEWER_PAIRS = (
     "Upper bounds rest on fewer training pairs (the unseen model's), and are low for that. Differences "
     "between maps of each model rest on equally many pairs of the same originals."
 )
+_OTHER_RULES = (
+    "Some findings rest on other rules: cos φ on the band of random matrices, column spaces on the range over "
+    "halvings of the same photos (which is no confidence interval), Table 4 on a fixed bound."
+)
 KEPT = ("mAP", "Acc", "gain over best control")
 """What of an evaluation goes into the results."""
 
@@ -145,7 +149,7 @@ def _agree(settings: Mapping[str, Any]) -> None:
     if not SETTINGS.exists():
         write_atomic(SETTINGS, (json.dumps(asked, indent=1) + "\n").encode())
     held = json.loads(SETTINGS.read_text(encoding="utf-8"))
-    other = [name for name in asked if held.get(name, asked[name]) != asked[name]]
+    other = [name for name in asked if held.get(name) != asked[name]]
     if other:
         raise UsageError(
             f"{Path.cwd()} was made with {other[0]} {held.get(other[0])}, and {asked[other[0]]} is asked for "
@@ -175,6 +179,7 @@ def pictures(stages: Stages, plan: Plan, world: Photos, models: dict[str, Path])
     listed = world_pictures.manifests(plan, world)
     for store, rows in listed.items():
         stages.did(f"encode {store.stem}", partial(world_pictures.encode, store, rows, plan.encoder))
+    stages.did("take out", partial(world_pictures.take_out, world.of("test")))
 
 
 def measured(stages: Stages, plan: Plan, world: Photos, models: dict[str, Path]) -> dict[str, Report]:
@@ -295,10 +300,14 @@ def _caveats(plan: Plan) -> list[str]:
         "Models and autoencoders have seen the distractors in training, and none of the originals.",
         "Prompts are class words that are not the photo's own; both models have the same ones.",
         _FEWER_PAIRS,
-        "Findings rest on 95 % intervals, one by one: among as many, one or two may fall by chance.",
+        "Findings rest on 95 % intervals over photos, one by one: among so many, one or two may be chance.",
+        _OTHER_RULES,
+        "Rank and λ of every gnull, of model b's pairs, too, are those that suit model a's validation pairs.",
     ]
-    if plan.steps < Plan.steps:
-        out.insert(0, "A small try: hardly any steps, few photos. No figure here means anything.")
+    if plan != Plan():
+        out.insert(
+            0, "A try with other settings than the full run's (see the settings): no figure here means much."
+        )
     return out
 
 

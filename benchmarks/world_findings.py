@@ -287,6 +287,13 @@ def _autoencoders(report: Report) -> Iterator[Finding]:
             f"Theirs is {pair:.3f}; that of one with itself, its channels moved on by one (the same code to "
             f"a linear map), {turned:.3f}.",
         )
+        return
+    yield Finding(
+        "Table 4: a low cosine of embeddings shows that the two autoencoders differ",
+        "cannot be told",
+        "Their latents have different shapes, so place k of one is not place k of the other, and no cosine "
+        "of weights or embeddings means anything. They are different networks by that alone.",
+    )
 
 
 def _promises(report: Report) -> Iterator[Finding]:
@@ -299,6 +306,12 @@ def _promises(report: Report) -> Iterator[Finding]:
                     f"match ({f.subject}) calls fewer strangers a match than it promises ({where})",
                     below(f.interval, promised.value),
                     f"{_percent(f)} are called so; {100 * promised.value:.1f} % were promised.",
+                )
+            elif f.value == 0:
+                yield Finding(
+                    f"match ({f.subject}) calls fewer strangers a match than it promises ({where})",
+                    "cannot be told",
+                    f"None of {f.n} is called so, and so few say little of a rate near 1 %.",
                 )
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from benchmarks.world_maps import map_file, only
 from benchmarks.world_pictures import Row, read_translations
-from benchmarks.world_plan import ASKED, BOTH, MODELS, SIZE, WITHOUT, WORLD, Plan
+from benchmarks.world_plan import BOTH, MODELS, SIZE, WITHOUT, WORLD, Plan
 from cli import matching, measure, theory, theory_lemma
+from cli.collection import Collection
 from cli.measure import Group
 from latentstore import results
 from latentstore.results import Figure, Report, Role
@@ -185,15 +186,15 @@ def verdicts(first: str, photos: Sequence[tuple[str, str]]) -> Report:
     photos : sequence of (name, path)
         The test originals.
     """
-    tested = {f"{ASKED}: {r['path']}": r for r in read_translations() if r["split"] == "test"}
+    tested = {f"{WORLD}: {r['path']}": r for r in read_translations() if r["split"] == "test"}
     bare = {path: {"identity": name, "model": "", "strength": 0.0} for name, path in photos}
     alone = [Path(path) for path in bare]
     figures: list[Figure] = []
     for name, W in (("analytic", None), (first, map_file(first))):
         options = matching.MatchOptions(projection=W, top=1, device="cpu")
         for what, store, queries, rows in (
-            (HERE, WORLD, [ASKED], tested),
-            (GONE, WITHOUT, [ASKED], tested),
+            (HERE, WORLD, [WORLD], tested),
+            (GONE, WITHOUT, [WORLD], tested),
             (BARE, WITHOUT, alone, bare),
         ):
             found = matching.run_match(queries, store, options)
@@ -205,20 +206,17 @@ def verdicts(first: str, photos: Sequence[tuple[str, str]]) -> Report:
 
 def _shares(name: str, what: str, rows: Mapping[str, Row], found: matching.MatchResult) -> list[Figure]:
     """Return the share of each decision: of all, and by model and strength."""
-    asked = [rows[m.query] for m in found.matches]
-    decided = np.array([m.verdict.decision if m.verdict else "" for m in found.matches], object)
-    right = np.array(
-        [
-            bool(m.candidates) and m.candidates[0].identity == r["identity"]
-            for m, r in zip(found.matches, asked, strict=True)
-        ]
-    )
+    matches = [m for m in found.matches if m.query in rows]
+    asked = [rows[m.query] for m in matches]
+    decided = np.array([m.verdict.decision if m.verdict else "" for m in matches], object)
     photos = np.array([r["identity"] for r in asked], object)
+    labels = Collection.open(WORLD).labels  # near-duplicates count as one original
+    right = labels(m.candidates[0].identity for m in matches) == labels(photos)
     where = np.array([f"model {r['model']}, strength {r['strength']:g}" for r in asked], object)
     cuts = {what: np.ones(len(asked), bool)}
     if what != BARE:
         cuts |= {f"{what}: {place}": where == place for place in sorted(set(where.tolist()))}
-    calls = [m.verdict for m in found.matches if m.verdict and m.verdict.decision == "match"]
+    calls = [m.verdict for m in matches if m.verdict and m.verdict.decision == "match"]
     out = []
     for group, chosen in cuts.items():
         own = Group(f"{VERDICTS}, {group}", photos[chosen])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from benchmarks.world_plan import ASKED, BOTH, MODELS, SIZE, SPLITS, WITHOUT, WORLD, Photo, Photos, Plan
+from benchmarks.world_plan import BOTH, MODELS, SIZE, SPLITS, WITHOUT, WORLD, Photo, Photos, Plan
 from cli import translating
 from cli.duplicates import run_duplicates
 from cli.progress import tracked
+from cli.takedown import choose, run_remove
 from cli.translation_plan import Originals, draw, file_name
 from cli.workflows import run_encode
 from latentstore.errors import UsageError
@@ -201,12 +203,9 @@ def manifests(plan: Plan, photos: Photos) -> dict[Path, list[Row]]:
     world = [row for row in made if row["split"] == "test" or row["model"] == MODELS[0]]
     both = [row for row in made if int(Path(row["path"]).stem.rpartition("_")[2]) <= fewest]
     everything = [_original(p) for p in photos.listed]
-    tested = {p.name for p in photos.of("test")}
     return {
         WORLD: [*everything, *world],
         BOTH: [*(_original(p) for p in photos.origins), *both],
-        WITHOUT: [row for row in everything if row["identity"] not in tested],
-        ASKED: [row for row in made if row["split"] == "test"],
     }
 
 
@@ -230,12 +229,18 @@ def encode(store: Path, rows: Sequence[Row], encoder: str) -> None:
             f"{len(rows)} pictures were to be encoded into {store}, and these came: {done.counts}. Start "
             "again with an empty --work folder."
         )
-    if store == ASKED:  # it holds no photo
-        return
     try:
         run_duplicates(store)
     except UsageError as exc:  # too few photos to tell: said by every report on the store
         print(f"{store}: {exc}")
+
+
+def take_out(photos: Sequence[Photo]) -> None:
+    """Copy the world's store and take photos down from it, with those that look nearly the same."""
+    shutil.rmtree(WITHOUT, ignore_errors=True)  # of a run that was stopped
+    shutil.copytree(WORLD, WITHOUT)
+    chosen = choose(WITHOUT, [p.path for p in photos], [], near=True)
+    run_remove(WITHOUT, chosen.rows, reason="to be strangers")
 
 
 # --- what people look at -----------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], command: str =
             "image size": options.image_size,
             "simulated translations": f"{PER_ORIGIN} an origin, {DIFFUSION.name}",
             "attacks": ", ".join(a.name for a in ATTACKS),
-            **(_translations(options.translated) if made else {}),
+            **(_translations(made) if made else {}),
             results.CHOSEN: best,
         },
         reproduce=[command or "latentstore demo", *_commands(out, rank)],
@@ -341,11 +341,12 @@ def _data(
     }
 
 
-def _translations(count: int) -> dict[str, str]:
+def _translations(made: Collection) -> dict[str, str]:
     """Return how the prompted translations were made."""
+    count = len(set(made.identity.tolist()))
     return {
-        demo_world.HEADLINE: f"{count} originals by each of {', '.join(demo_world.models())}, "
-        f"strength {demo_world.STRENGTH}, {demo_world.STEPS} steps, guidance {demo_world.GUIDANCE}"
+        demo_world.HEADLINE: f"{count} test pictures by each of {', '.join(demo_world.models())}, strength "
+        f"{demo_world.STRENGTH}, {demo_world.STEPS} steps, guidance {demo_world.GUIDANCE}"
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cli.collection import Collection, Queries
 from cli.translating import TranslateOptions, translate
-from cli.translation_plan import Originals
+from cli.translation_plan import Originals, draw
 from cli.workflows import run_encode
 from latentstore.errors import UsageError
 from latentstore.translate import SHIPPED
@@ -67,6 +67,7 @@ def translated(originals: Path, out: Path, *, count: int, encoder: str, image_si
         done = translate(Originals.of_store(originals), folder / name, options)
         with Path(done.manifest).open(encoding="utf-8", newline="") as file:
             listed = [r for r in csv.DictReader(file) if r["role"] == "translation"]
+        listed = listed[:count]  # an earlier run may have made more
         # Their origins lie in another store: here they are pictures to be asked for.
         rows += [r | {"path": f"{name}/{r['path']}", "role": "query"} for r in listed]
     if not rows:
@@ -93,6 +94,7 @@ def _write_prompts(path: Path, originals: Path, model: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["identity", "prompt"])
-        for number, identity in enumerate(np.unique(Collection.open(originals).identity)):
-            drawn = np.random.default_rng(number).choice(card["classes"])
+        for identity in np.unique(Collection.open(originals).identity):
+            # By the picture and not by its place: a further one must not move the others' prompts.
+            drawn = np.random.default_rng(draw("prompt", str(identity))).choice(card["classes"])
             writer.writerow([identity, card["template"].format(drawn)])

@@ -26,7 +26,7 @@ class Likeness:
         Of the weights of the last convolution of the two encoders; None where shapes differ, or one of
         them is no network.
     embed : float or None
-        Of the flattened embeddings of a picture, mean over pictures; None where lengths differ.
+        Of the flattened embeddings of a picture, mean over pictures; None where the latents' shapes differ.
     conv_turned, embed_turned : float or None
         Of the first encoder with itself, its channels moved on by one: the same code, to a linear map.
     embed_unrelated : float or None
@@ -57,16 +57,17 @@ def likeness(a: Encoder, b: Encoder, pictures: Pictures) -> Likeness:
             "a folder with more."
         )
     x, y = _embeddings(a, pictures), _embeddings(b, pictures)
-    same_length = x.shape == y.shape
+    # Of one length but another shape, place k of one is not place k of the other.
+    comparable_latents = a.space.latent_shape == b.space.latent_shape
     turned = np.roll(x.reshape(len(x), *a.space.latent_shape), 1, axis=1).reshape(x.shape)
     one, other = _last_convolution(a), _last_convolution(b)
     comparable = one is not None and other is not None and one.shape == other.shape
     return Likeness(
         conv=_cosine(one, other) if comparable else None,
-        embed=_mean_cosine(x, y) if same_length else None,
+        embed=_mean_cosine(x, y) if comparable_latents else None,
         conv_turned=None if one is None else _cosine(one, np.roll(one, 1, axis=0)),
         embed_turned=_mean_cosine(x, turned),
-        embed_unrelated=_mean_cosine(x, np.roll(y, 1, axis=0)) if same_length else None,
+        embed_unrelated=_mean_cosine(x, np.roll(y, 1, axis=0)) if comparable_latents else None,
         n=len(pictures),
     )
 

@@ -6,7 +6,7 @@ import csv
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,35 @@ def read_words(sources: Sequence[Path]) -> dict[str, str]:
     UsageError
         No folder or tar file among ``sources`` holds ``SOURCES.csv``, or it lacks a column.
     """
-    words: dict[str, str] = {}
-    for text in _tables(sources):
-        rows = csv.DictReader(io.StringIO(text))
-        if not {"file", "class"} <= set(rows.fieldnames or ()):
-            raise UsageError(f"{SOURCES} has the columns {rows.fieldnames}; it needs `file` and `class`.")
-        words |= {row["file"]: as_words(row["class"]) for row in rows}
+    words = {row["file"]: as_words(row["class"]) for row in _rows(sources)}
     if not words:
         raise UsageError(
             f"No {SOURCES} lies in {', '.join(map(str, sources))}: captions are made of its columns `file` "
             "and `class`."
         )
     return words
+
+
+def read_licences(sources: Sequence[Path]) -> dict[str, str]:
+    """Return where each photo is from, and under which licence, by file name, as far as the table tells.
+
+    Raises
+    ------
+    UsageError
+        A table lacks a column.
+    """
+    return {
+        row["file"]: ", ".join(filter(None, (row.get("path"), row.get("licence")))) or row["file"]
+        for row in _rows(sources)
+    }
+
+
+def _rows(sources: Sequence[Path]) -> Iterator[dict[str, str]]:
+    for text in _tables(sources):
+        rows = csv.DictReader(io.StringIO(text))
+        if not {"file", "class"} <= set(rows.fieldnames or ()):
+            raise UsageError(f"{SOURCES} has the columns {rows.fieldnames}; it needs `file` and `class`.")
+        yield from rows
 
 
 def as_words(name: str) -> str:

@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F  # noqa: N812
 
 from latentstore.errors import LatentStoreError, UsageError
-from latentstore.training.captions import TOKENS, read_words, tokenizer
+from latentstore.training.captions import TOKENS, read_licences, read_words, tokenizer
 from latentstore.training.diffusion_card import Unseen, write_card
 from latentstore.training.loop import Run, Schedule, train_and_log
 from latentstore.training.tiny import TINY, Photos, as_input, split
@@ -52,7 +52,7 @@ class Recipe(Schedule):
         Share of photos that are shown without their caption, so that a model can be guided away from none.
     """
 
-    steps: int = 4_000
+    steps: int = 1_500
     warm_up: int = 200
     batch: int = 16
     unguided: float = 0.15
@@ -109,7 +109,7 @@ DESIGNS = {
         },
         text={"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
         noise={"beta_schedule": "squaredcos_cap_v2"},
-        recipe=Recipe(seed=1),
+        recipe=Recipe(steps=2_000, seed=1),
         looks="All it makes is blurred, by its autoencoder already. From noise it draws textures that show "
         "of the prompt hardly more than colours. It keeps a photo longer than a does: at strength 0.7 most "
         "can still be made out, at 0.9 their layout.",
@@ -303,19 +303,21 @@ def main() -> int:
     parser.add_argument("--autoencoder", type=Path, help="for b; a has the package's tiny")
     parser.add_argument("--out", type=Path, help="the package's own folder unless told otherwise")
     parser.add_argument("--work", type=Path, help="for checkpoint and log")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if args.autoencoder is None and args.model != "a":
         parser.error("b has an autoencoder of its own: --autoencoder FOLDER")
     design = DESIGNS[args.model]
+    if args.steps is not None:
+        design = replace(design, recipe=replace(design.recipe, steps=args.steps), looks="")
     try:
         run(
             args.photos,
             args.autoencoder or TINY,
             args.out or WORLD / args.model,
             args.work or Path(f"{args.model}-training"),
-            replace(design, recipe=replace(design.recipe, steps=args.steps)),
+            design,
             args.model,
         )
     except (LatentStoreError, OSError) as exc:
@@ -367,23 +369,33 @@ def run(sources: list[Path], autoencoder: Path, out: Path, work: Path, design: D
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out)
+    _tidy(out)
+    made = json.loads((autoencoder / "card.json").read_text(encoding="utf-8"))
+    own = autoencoder == TINY
+    steps = f" --steps {recipe.steps}" if recipe.steps != DESIGNS.get(name, design).recipe.steps else ""
+    facts = {
+        "name": name,
+        "autoencoder": "`tiny`" if own else "another one",
+        "autoencoder_psnr_held_out_db": made["psnr_held_out_db"],
+        "autoencoder_command": made["command"],
+        "autoencoder_recipe": made["recipe"],
+        "recipe": asdict(recipe),
+        "command": f"OMP_NUM_THREADS=1 python -m latentstore.training.diffusion {name} PHOTOS{steps}"
+        + ("" if own else " --autoencoder FOLDER"),
+    }
+    write_card(out, trainer, Unseen(others, held, withheld, theirs, read_licences(sources)), learned, facts)
+    _log.info("%s", (out / "README.md").read_text(encoding="utf-8"))
+
+
+def _tidy(out: Path) -> None:
+    """Take away what depends on where a pipeline was made: paths, and who may read its files."""
+    for path in out.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in out.rglob("*"):
         if file.is_file():
             file.chmod(0o644)  # safetensors lets nobody else read what it writes
-    own = autoencoder == TINY
-    command = (
-        f"OMP_NUM_THREADS=1 python -m latentstore.training.diffusion {name} PHOTOS --steps {recipe.steps}"
-    )
-    psnr = json.loads((autoencoder / "card.json").read_text(encoding="utf-8"))["psnr_held_out_db"]
-    facts = {
-        "name": name,
-        "autoencoder": "`tiny`" if own else "`latentstore/training/tiny.py --network deep`",
-        "autoencoder_psnr_held_out_db": psnr,
-        "recipe": asdict(recipe),
-        "command": command + ("" if own else " --autoencoder FOLDER"),
-    }
-    write_card(out, trainer, Unseen(others, held, withheld, theirs), learned, facts)
-    _log.info("%s", (out / "README.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

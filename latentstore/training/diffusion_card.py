@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ scratch by `latentstore/training/diffusion.py`: no pretrained network had a part
 | its PSNR on held-out photos | {autoencoder_psnr_held_out_db} dB |
 | U-Net, text encoder | {unet:,} and {text:,} parameters, in float16 |
 | noise schedule, prediction | {schedule}, v |
-| all files | {bytes:,} bytes |
+| weights, tokenizer, configurations | {bytes:,} bytes |
 | error of v on {photos_held_out} held-out photos: their own caption | {own} |
 | … no caption | {none} |
 | … the caption of another class | {other} |
@@ -59,15 +59,19 @@ with latents in units of their standard deviation. A text that means nothing wou
 - **What they look like**: {looks}
 - **Prompts**: `{template}`, with one of {classes} classes' words (`card.json` lists them). Other words fall
   apart into letters that mean nothing to it.
-- **Command**: `{command}` ({steps} steps, seed {seed})
-- **Data**: 3,526 photographs from GitHub mirrors of clothing-dataset-small (CC0-1.0), GroceryStoreDataset
-  (MIT) and Caltech-101 (CC-BY-4.0, CaltechDATA D1.20086), with their class words as captions. One photo in
-  ten, by hash of its file name, was held out.
+- **Commands**: `{autoencoder_command}` for its autoencoder; `{command}` ({steps} steps, seed {seed})
+- **Data**: {photos:,} photographs from GitHub mirrors of clothing-dataset-small (CC0-1.0),
+  GroceryStoreDataset (MIT) and Caltech-101 (CC-BY-4.0, CaltechDATA D1.20086), with their class words as
+  captions. One photo in ten, by hash of its file name, was held out.
 
 Caltech-101 (Li, Andreeto, Ranzato and Perona, CaltechDATA, https://doi.org/10.22002/D1.20086) is used under
 the Creative Commons Attribution 4.0 licence, https://creativecommons.org/licenses/by/4.0/. Its photos were
-resized to 256 x 256 pixels; some of them may stand, reduced further, in the first column of
-`translations.jpg`.
+resized to 256 x 256 pixels. Reduced further, these photos stand in the first column of `translations.jpg`:
+{shown}.
+
+![What it draws from noise under twelve prompts](samples.jpg)
+
+![What it makes of photos under prompts, at five strengths](translations.jpg)
 """
 
 
@@ -84,12 +88,15 @@ class Unseen:
         Class words.
     shown : Shown
         Their latents and captions.
+    sources : mapping of file name to str
+        Where a photo is from, and under which licence.
     """
 
     names: Sequence[str]
     photos: Photos
     words: Sequence[str]
     shown: Shown
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_card(
@@ -127,7 +134,7 @@ def write_card(
         "times": ", ".join(map(str, TIMES)),
         "passes": round(recipe.steps * recipe.batch / len(words)),
         "template": design.template,
-        "looks": design.looks,
+        "looks": design.looks or "nobody has described them: see below.",
         "classes": classes,
         "sampling": {"steps": STEPS, "guidance": GUIDANCE},
     }
@@ -136,7 +143,7 @@ def write_card(
     chosen = one_of_each(unseen.words, ROWS)
     sheet = translations(Translator(str(out), device="cpu"), design.template, unseen, chosen, classes)
     sheet.save(out / "translations.jpg", quality=85)
-    card["pictured"] = [unseen.names[i] for i in chosen]
+    card["pictured"] = [unseen.sources.get(unseen.names[i], unseen.names[i]) for i in chosen]
     card["weights_sha256"] = {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(out.rglob("*.safetensors"))
@@ -145,8 +152,20 @@ def write_card(
         path.stat().st_size for path in out.rglob("*") if path.is_file() and path.parent != out
     )
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    told = card | {"classes": len(classes), "steps": recipe.steps, "batch": recipe.batch, "seed": recipe.seed}
-    (out / "README.md").write_text(CARD.format(**told), encoding="utf-8")
+    (out / "README.md").write_text(readme(card), encoding="utf-8")
+
+
+def readme(card: Mapping[str, Any]) -> str:
+    """Return the card for people."""
+    recipe = card["recipe"]
+    told = {
+        **card,
+        "classes": len(card["classes"]),
+        "photos": card["photos_fitted"] + card["photos_held_out"],
+        "shown": "; ".join(card["pictured"]),
+        **{name: recipe[name] for name in ("steps", "batch", "seed")},
+    }
+    return CARD.format(**told)
 
 
 def held_out_errors(trainer: Trainer, unseen: Unseen) -> dict[str, np.ndarray]:

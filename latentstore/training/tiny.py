@@ -263,6 +263,10 @@ def split(sources: Sequence[Path]) -> tuple[list[str], Photos, list[str], Photos
             f"{', '.join(map(str, sources))}: each must be at least 1. Name a folder or a tar file with some "
             "hundreds of photographs."
         )
+    every = [name for name, _ in (*learned, *kept)]
+    if len(set(every)) < len(every):
+        twice = next(name for name in every if every.count(name) > 1)
+        raise UsageError(f"Two photos are called {twice}, and a name stands for one photo. Rename one.")
     (names, photos), (others, unseen) = (zip(*part, strict=True) for part in (learned, kept))
     return list(names), np.stack(photos), list(others), np.stack(unseen)
 

@@ -50,7 +50,7 @@ deviation of {latents_std}; `scaling_factor` in the configuration is {scaling_fa
 
 Caltech-101 (Li, Andreeto, Ranzato and Perona, CaltechDATA, https://doi.org/10.22002/D1.20086) is used under
 the Creative Commons Attribution 4.0 licence, https://creativecommons.org/licenses/by/4.0/. Its photos were
-resized to 256 x 256 pixels. None of the photos is part of this package.
+resized to 256 x 256 pixels. None of the photos lies beside these weights.
 """
 
 

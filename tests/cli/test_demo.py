@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cli import demo_world
@@ -11,6 +12,7 @@ from cli.collection import Collection
 from cli.demo import HEADLINE, METHODS, DemoOptions, run_demo
 from latentstore import results
 from latentstore.errors import UsageError
+from solvers.projection import Projection, identity_hash
 
 pytest.importorskip("skimage", reason="the demo's photographs come with scikit-image")
 
@@ -95,6 +97,14 @@ def test_translations_by_both_models_come_first_and_nothing_was_fitted_on_them(d
     first = next(f.group for f in report.figures if f.name == "mAP")
     assert first == demo_world.HEADLINE
     assert report.summary[0].startswith(f"4 {first} were searched")
+    assert report.settings[first].startswith("2 test pictures by each of a, b")
+    hashed = identity_hash(sorted(set(made.identity.tolist())))
+    maps = sorted(demo.glob("W-*.safetensors"))
+    assert len(maps) == len(METHODS)
+    for path in maps:
+        used = Projection.load(path).used_identities
+        assert not np.intersect1d(used, hashed).size, path
+        assert path.name.startswith("W-analytic") or len(used), path
 
 
 def test_without_the_models_attacked_pictures_come_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,14 @@ def test_weights_are_those_of_the_card_and_of_the_network_that_the_script_builds
     assert card["unet"] == sum(p.numel() for p in unet.parameters())
 
 
+def test_nothing_in_the_package_depends_on_where_it_was_made():
+    for file in [*WORLD.rglob("*.json"), *WORLD.rglob("*.md"), *TINY.glob("*.json")]:
+        text = file.read_text(encoding="utf-8")
+        assert "_name_or_path" not in text, file
+        assert "/home/" not in text, file
+        assert str(Path.cwd()) not in text, file
+
+
 def test_a_has_tiny_as_its_autoencoder_and_b_another_one():
     tiny = (TINY / WEIGHTS).read_bytes()
     assert (WORLD / "a" / "vae" / WEIGHTS).read_bytes() == tiny
@@ -77,7 +85,7 @@ def test_a_has_tiny_as_its_autoencoder_and_b_another_one():
     assert CARDS["b"]["latents"] == "16 x 16 x 16"
 
 
-def test_on_photos_never_seen_the_right_caption_helped():
+def test_their_cards_say_that_the_right_caption_helped_on_photos_never_seen():
     for card in CARDS.values():
         assert card["own"] < card["other"]
         assert card["gap"] > 3 * card["gap_error"]
