@@ -49,7 +49,7 @@ _FEWER_PAIRS = (
     "between maps of each model rest on equally many pairs of the same originals."
 )
 _OTHER_RULES = (
-    "Some findings rest on other rules: cos φ on the band of random matrices, column spaces on the range over "
+    "Some findings rest on other rules: cos φ on the band of random matrices, column spaces on a range over "
     "halvings of the same photos (which is no confidence interval), Table 4 on a fixed bound."
 )
 KEPT = ("mAP", "Acc", "gain over best control")
