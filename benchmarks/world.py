@@ -192,7 +192,7 @@ def measured(stages: Stages, plan: Plan, world: Photos, models: dict[str, Path])
 
     for method in plan.swept:
         swept = keep(f"sweep-{method}", partial(world_maps.sweep, method, plan))
-        keep(f"solve-{method}", partial(world_maps.solve, method, swept))
+        keep(f"solve-{method}", partial(world_maps.solve, method, swept, plan))
     for name in (COSFACE, STARTED):
         keep(f"solve-{name}", partial(world_maps.train, name, plan))
     names = [*plan.swept, COSFACE, STARTED]
@@ -202,7 +202,7 @@ def measured(stages: Stages, plan: Plan, world: Photos, models: dict[str, Path])
     keep("paired", partial(world_maps.paired, names, first, plan))
     for method in (COSFACE, "gnull"):
         keep(f"compare-{method}", partial(world_maps.compare, method, plan))
-    learned = [n for n in dict.fromkeys((first, "gnull", "svd")) if n in names]
+    learned = list(dict.fromkeys((first, "gnull", world_maps.literal(plan))))
     keep("residuals", partial(world_models.residuals, learned))
     keep("apart", world_models.tell_apart)
     keep("table 4", partial(world_models.table_4, models, plan.encoder))

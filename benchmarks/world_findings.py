@@ -104,7 +104,7 @@ def find(reports: Reports) -> list[Finding]:
         *_unseen(reports, first),
         *_spectra(reports),
         *_theorems(reports["residuals"]),
-        *_kinds_of_maps(reports["paired"]),
+        *_kinds_of_maps(reports["paired"], reports["solve-svd"].settings["rank"]),
         *(_ablations(reports["ablation"]) if "ablation" in reports else ()),
         *_strengths(reports["paired"]),
         *_told_apart(reports["apart"]),
@@ -194,7 +194,9 @@ def _theorems(report: Report) -> Iterator[Finding]:
         "a": "Theorem 1: test pairs of the seen model move less through W",
         "b": "Theorem 2: pairs of the unseen model move less through W",
     }
-    for name, what in (("svd", "the literal null space"), ("gnull", "gnull")):
+    names = list(dict.fromkeys(f.subject for f in report.find(models.LOG_RATIO)))
+    literal = next(name for name in names if name.startswith(maps.LITERAL))
+    for name, what in ((literal, f"the literal null space, {literal}"), ("gnull", "gnull")):
         for model, claim in claims.items():
             group = f"{models.RESIDUAL}, test pairs of {model}"
             ratio = _only(report, models.LOG_RATIO, name, group)
@@ -209,12 +211,14 @@ def _theorems(report: Report) -> Iterator[Finding]:
                 )
 
 
-def _kinds_of_maps(paired: Report) -> Iterator[Finding]:
+def _kinds_of_maps(paired: Report, chosen: int) -> Iterator[Finding]:
     for place in (maps.SEEN, maps.UNSEEN):
+        here = [f for f in paired.figures if f.group == maps.paired_at(place)]
+        literal = next(f for f in here if f.subject.startswith(maps.LITERAL))
         yield from _decided(
-            f"Lemma 2's literal null space (svd) finds more than the raw embeddings on the {place}",
-            _gain(paired, "svd", "raw", place),
-            "It gains {} of mAP.",
+            f"Lemma 2's literal null space ({literal.subject}) finds more than raw embeddings on the {place}",
+            literal,
+            f"It gains {{}} of mAP. The rank that validation chooses for it is {chosen}.",
         )
         for name in (maps.COSFACE, maps.STARTED):
             yield from _decided(
@@ -222,7 +226,6 @@ def _kinds_of_maps(paired: Report) -> Iterator[Finding]:
                 _gain(paired, name, "gnull", place),
                 "It has {} of mAP more.",
             )
-        here = [f for f in paired.figures if f.group == maps.paired_at(place)]
         higher = next((f for f in here if f.name.startswith("gain over gnull @")), None)
         if higher:
             columns = higher.name.rpartition("@")[2]

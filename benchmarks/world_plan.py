@@ -54,7 +54,7 @@ class Plan:
     references: int | None = None
     swept: tuple[str, ...] = (
         *("gnull", "svd", "plda", "cca"),
-        *("regression", "procrustes", "analytic"),
+        *("regression", "procrustes", "kissme", "analytic"),
     )
     ranks: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     rank: int = 512
@@ -62,7 +62,7 @@ class Plan:
     cosface_steps: int = 300
     ablations: tuple[str, ...] = ()
     ablation_steps: int = 400
-    repeats: int = 3
+    repeats: int = 10
     batch: int = 8
     encoder: str = "tiny"
     theory: bool = False
