@@ -33,13 +33,13 @@ from latentstore import results
 from latentstore.errors import LatentStoreError, UsageError
 from latentstore.files import write_atomic
 from latentstore.report import reading, write_html
-from latentstore.results import CHOSEN, Figure, Report
+from latentstore.results import CHOSEN, Curve, Figure, Report
 from solvers.errors import SolverError
 
 OUT = Path(__file__).parent / "results" / "world.json"
 BUILT_IN = Path(latentstore.__file__).parent / "data" / "world"
 SETTINGS, STAGES = Path("settings.json"), Path("stages")
-DIGITS = 6
+DIGITS, POINTS = 6, 100
 _FEW_PHOTOS = (
     "Both models are small and learned from some three thousand photos: their translations are not those of "
     "published models, and figures do not compare with the paper's."
@@ -202,7 +202,7 @@ def measured(stages: Stages, plan: Plan, world: Photos, models: dict[str, Path])
     keep("paired", partial(world_maps.paired, names, first, plan))
     for method in (COSFACE, "gnull"):
         keep(f"compare-{method}", partial(world_maps.compare, method, plan))
-    learned = list(dict.fromkeys((first, "gnull", world_maps.literal(plan))))
+    learned = [n for n in dict.fromkeys((first, "gnull", "svd")) if n in names]
     keep("residuals", partial(world_models.residuals, learned))
     keep("apart", world_models.tell_apart)
     keep("table 4", partial(world_models.table_4, models, plan.encoder))
@@ -259,7 +259,16 @@ def _slim(report: Report) -> Report:
         left_out = {c.label for c in curves if c.plot == "principal angles"} - set(world_maps.COMPARED)
         figures = [f for f in figures if f.group not in left_out]
         curves = [c for c in curves if c.label not in left_out]
-    return replace(report, figures=[_rounded(f) for f in figures], curves=curves, machine={})
+    figures, curves = [_rounded(f) for f in figures], [_thinned(c) for c in curves]
+    return replace(report, figures=figures, curves=curves, machine={})
+
+
+def _thinned(curve: Curve) -> Curve:
+    """Keep as many points of a spectrum as a plot can show."""
+    if curve.low is not None or len(curve.x) <= POINTS:
+        return curve
+    kept = [round(i * (len(curve.x) - 1) / (POINTS - 1)) for i in range(POINTS)]
+    return replace(curve, x=[curve.x[i] for i in kept], y=[curve.y[i] for i in kept])
 
 
 def _rounded(figure: Figure) -> Figure:

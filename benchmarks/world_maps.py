@@ -26,7 +26,6 @@ from solvers.spectra import chance_overlap, map_spectrum, overlap, principal_ang
 MAPS, OWN = Path("maps"), Path("maps-of-each")
 """Maps on model a's pairs, as they are reported; maps of each model, from equally many pairs of each."""
 COSFACE, STARTED = "cosface", "cosface-from-gnull"
-LITERAL = "svd @"
 SEEN, UNSEEN = "seen model", "unseen model"
 PAIRED = "paired differences"
 OVERLAP = "overlap of column spaces"
@@ -82,18 +81,6 @@ def _solved(name: str, options: SolveOptions, run: Run | None = None) -> Report:
     solved = solving.solve(WORLD, map_file(name), options, run=run)
     assert solved is not None, "one process alone trains here"
     return solved.report
-
-
-def literal(plan: Plan) -> str:
-    """Fit Lemma 2's W at the paper's rank and return its name.
-
-    The rank that validation chooses for svd may be that of all dimensions: the raw cosine, and no null space.
-    """
-    rank = _rank(Collection.open(WORLD), plan)
-    name = f"{LITERAL}{rank}"
-    if not map_file(name).exists():
-        solving.fit(Collection.open(WORLD), SolveOptions.of("svd", rank))[0].save(map_file(name))
-    return name
 
 
 def headline(names: list[str]) -> Report:
@@ -262,7 +249,6 @@ def paired(names: list[str], first: str, plan: Plan) -> Report:
     """Return differences between maps that were asked for the same queries, with intervals over photos."""
     world = Collection.open(WORLD)
     asked = Asked.of(world, [world.queries("test")])
-    names = [*names, literal(plan)]
     maps = {name: Projection.load(map_file(name)) for name in names}
     wide, _, _ = solving.fit(world, SolveOptions.of("gnull", _rank(world, plan)))
     high, low = f"gnull @{wide.rank}", f"gnull @{min(plan.low_rank, wide.rank)}"

@@ -224,9 +224,9 @@ def vae_figures(
     if found.conv is None:
         said.append(f"The last convolutions of {pair} cannot be compared: other shapes, or no network.")
     if found.embed is None:
+        shapes = (" × ".join(map(str, one.space.latent_shape)) for one in (a, b))
         said.append(
-            f"The embeddings of {pair} have {a.space.dim} and {b.space.dim} values and no cosine, as SD3's "
-            "in the print."
+            f"The embeddings of {pair} are {' and '.join(shapes)} and have no cosine, as SD3's in the print."
         )
     return figures, said
 
