@@ -104,6 +104,7 @@ def find(reports: Reports) -> list[Finding]:
         *_unseen(reports, first),
         *_spectra(reports),
         *_theorems(reports["residuals"]),
+        *_without_pairs(reports["paired"], first),
         *_kinds_of_maps(reports["paired"], reports["sweep-svd"].settings["chosen rank"]),
         *(_ablations(reports["ablation"]) if "ablation" in reports else ()),
         *_strengths(reports["paired"]),
@@ -207,6 +208,15 @@ def _theorems(report: Report) -> Iterator[Finding]:
                     f"‖TW‖/‖(O−μ)W‖ is {plain.value:.3g}; pair by pair its logarithm lies {ratio.value:+.2f} "
                     f"({low:+.2f} to {high:+.2f}) from the random subspace's.",
                 )
+
+
+def _without_pairs(paired: Report, first: str) -> Iterator[Finding]:
+    for place in (maps.SEEN, maps.UNSEEN):
+        yield from _decided(
+            f"The analytic map, which needs no pairs, finds more than W from pairs ({first}) on the {place}",
+            _gain(paired, "analytic", first, place),
+            "It has {} of mAP more.",
+        )
 
 
 def _kinds_of_maps(paired: Report, chosen: int) -> Iterator[Finding]:

@@ -264,6 +264,8 @@ def paired(names: list[str], first: str, plan: Plan) -> Report:
             figures += _gain(group, own, name, "raw")
         for name in (n for n in (COSFACE, STARTED) if n in own):
             figures += _gain(group, own, name, "gnull")
+        if "analytic" in names:
+            figures += _gain(group, own, "analytic", first)
         figures += _gain(group, own, high, low)
         if place == UNSEEN:
             for method in ("gnull", COSFACE):
