@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from latentstore.encoders.base import Pictures
-from latentstore.encoders.checkpoints import first_line, hub_config, read_config
+from latentstore.encoders.checkpoints import first_line, hub_config, looks_like_hub_name, read_config
 from latentstore.encoders.devices import exact_kernels, pick_device
 from latentstore.errors import EncoderError, MissingExtraError, UsageError
 from latentstore.schema import canonical_json
@@ -33,15 +33,7 @@ SHIPPED = {name: Path(__file__).parent / "data" / "world" / name for name in ("a
 """Small models that come with the package, by name."""
 _INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
-_NEEDED = (
-    "prompt",
-    "image",
-    "strength",
-    "num_inference_steps",
-    "guidance_scale",
-    "generator",
-    "output_type",
-)
+_NEEDED = ("prompt", "image", "strength", "num_inference_steps", "guidance_scale", "generator", "output_type")
 _NOT_LOADED = ("safety_checker", "feature_extractor")
 """A checker would replace pictures by black ones; the extractor serves it alone."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -324,7 +316,7 @@ def _find_index(model: str, revision: str | None) -> Mapping[str, Any]:
     """Return the pipeline's list of parts."""
     folder = Path(model)
     if not folder.exists():
-        if not _looks_like_hub_name(model):
+        if not looks_like_hub_name(model):
             raise EncoderError(
                 f"There is no model {model}: it does not come with the package ({', '.join(SHIPPED)}), no "
                 f"such folder is in {Path.cwd()}, and it is no hub name (OWNER/NAME, for example "
@@ -427,11 +419,6 @@ def _stated(held: Any) -> dict[str, str]:
     known = inspect.signature(type(held).__init__).parameters
     spelt = {name: json.dumps(config[name], default=str) for name in known if name in config}
     return {k: v for k, v in spelt.items() if v != json.dumps(known[k].default, default=str)}
-
-
-def _looks_like_hub_name(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
 
 
 @contextmanager

@@ -206,6 +206,12 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
+def looks_like_hub_name(name: str) -> bool:
+    """Tell whether a name has the form OWNER/NAME, and is no path."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
+
+
 def hub_config(
     name: str, revision: str | None, files: Sequence[str], *, what: str, lacks: str
 ) -> tuple[str, Mapping[str, Any]]:

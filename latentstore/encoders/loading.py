@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentstore.encoders.base import Encoder
+from latentstore.encoders.checkpoints import looks_like_hub_name
 from latentstore.encoders.devices import DTYPES, Precision, pick_device
 from latentstore.encoders.diffusers_models import DiffusersEncoder
 from latentstore.encoders.patch import PatchEncoder
@@ -51,7 +52,7 @@ def load_encoder(
                 "name a network with --encoder."
             )
         return PatchEncoder(image_size, batch)
-    if name not in SHIPPED and not (Path(name).exists() or _looks_like_hub_name(name)):
+    if name not in SHIPPED and not (Path(name).exists() or looks_like_hub_name(name)):
         known = ", ".join((*SHIPPED, *BUILT_IN))
         raise EncoderError(
             f"There is no encoder {name!r}: it is not built in ({known}), no folder "
@@ -123,8 +124,3 @@ def load_for(space: Space, facts: Mapping[str, Any], *, device: str = "auto") ->
             "or encode again."
         )
     return encoder
-
-
-def _looks_like_hub_name(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
